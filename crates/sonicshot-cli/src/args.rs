@@ -635,9 +635,10 @@ pub(crate) struct ServeArgs {
     /// Bytes around a page that come in with it: fewer faults, and more memory for each clone
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "0")]
     pub around: u64,
-    /// Number of virtual machines that are served at once; more wait
-    #[arg(long, value_name = "N", default_value = "1024")]
-    pub max_vms: NonZeroUsize,
+    /// Number of virtual machines that are served at once; more wait. Without it as many as
+    /// the limit of open files has room for, and 1024 at most
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub max_vms: Option<NonZeroUsize>,
     /// Serve so many virtual machines, and end when all of them have ended; connections that were
     /// refused do not count
     #[arg(long, value_name = "N", value_parser = at_least_one)]

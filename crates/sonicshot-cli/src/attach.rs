@@ -3,7 +3,7 @@
 use crate::args::AttachArgs;
 use crate::error::CliError;
 use crate::json::{AttachReport, OfAttach, Version, line, path};
-use crate::output::{named_files, overwrite};
+use crate::output::{blobs, overwrite};
 use crate::report::{say, size};
 use sonicshot_offline::CheckpointFile;
 use sonicshot_serve::PageSet;
@@ -12,7 +12,7 @@ use sonicshot_serve::PageSet;
 const SET: &str = "working-set";
 
 pub(crate) fn run(args: &AttachArgs) -> Result<(), CliError> {
-    let files = named_files(&args.blob)?;
+    let files = blobs(&args.blob)?;
     let files = files
         .into_iter()
         .map(|(name, path)| (name.to_owned(), path));

@@ -1,5 +1,6 @@
 //! The command's error messages and exit codes.
 
+use crate::inputs::STDIN;
 use crate::json::{ErrorReport, OfError, Version, line, path};
 use crate::report::complain;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -203,7 +204,7 @@ impl CliError {
         }
         let hint = match self {
             Self::Offline(error) => return with_zeroes(hint_of(error), error),
-            Self::Exists { .. } => Some(OR_FORCE),
+            Self::Exists { path } => Some(or_force(path)),
             Self::Live(LiveError::Library { .. } | LiveError::Open { .. }) => {
                 Some("run it in dom0, as root, with Xen's libraries and tools installed")
             }
@@ -211,6 +212,10 @@ impl CliError {
             Self::Serve(ServeError::DisksMayChange { .. }) => Some(
                 "if nobody writes to the images, neither the guest (run it on an overlay) nor the host: \
                  --disk-immutable. `restore` puts all in place before",
+            ),
+            Self::Serve(ServeError::FewDescriptors { .. }) => Some(
+                "raise the hard limit (`ulimit -Hn`, of a service LimitNOFILE=), or serve fewer at once: \
+                 --max-vms N",
             ),
             Self::Serve(ServeError::Checkpoint(error)) => hint_of_disks(error),
             _ => None,
@@ -512,6 +517,18 @@ fn hint_of_qemu(error: &QemuError) -> Option<&'static str> {
     })
 }
 
+const IN_TMPDIR: &str = "name a folder with room for the guest's memory in TMPDIR";
+/// What to do about an output that exists: a device, a pipe or a socket is not written over.
+fn or_force(path: &Path) -> &'static str {
+    let is_replaced = |found: std::fs::Metadata| found.is_file() || found.is_dir();
+    match std::fs::metadata(path) {
+        Ok(found) if !is_replaced(found) => {
+            "it is no regular file, and no place for an output: give a file"
+        }
+        _ => OR_FORCE,
+    }
+}
+
 const OR_FORCE: &str = "give another name, or --force to write over it";
 const OR_RAW: &str =
     "if it is a guest's memory and nothing else, whatever it begins with: --format raw";
@@ -620,7 +637,7 @@ fn hint_of_disks(error: &CheckpointError) -> Option<&'static str> {
 
 fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
     Some(match error {
-        DumpError::Exists { .. } => OR_FORCE,
+        DumpError::Exists { path } => or_force(path),
         DumpError::SameFile { .. } => {
             "name another output; `prune --in-place` prunes the file itself"
         }
@@ -639,17 +656,8 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         DumpError::Changed { .. } | DumpError::Modified { .. } => {
             "stop whatever writes the dump, then run this again"
         }
-        DumpError::Io { action, .. } if action.contains("temporary file") => {
-            "name a folder with room for the guest's memory in TMPDIR"
-        }
-        DumpError::TooLong {
-            by: SizeLimit::Disk,
-            ..
-        } => "name a folder with room for the guest's memory in TMPDIR",
-        DumpError::TooLong { .. } => {
-            "--max-size SIZE allows more, of standard input: the memory of a guest that ran while it \
-             was sent may have come several times"
-        }
+        DumpError::Io { action, .. } if action.contains("temporary file") => IN_TMPDIR,
+        DumpError::TooLong { path, by, .. } => hint_of_length(path, *by),
         DumpError::NotAStream { .. } => "give a file: -o OUT",
         DumpError::Compressed { source, .. } if source.kind() == io::ErrorKind::Unsupported => {
             "unpack it with its own tool, and give the memory that is in it"
@@ -697,6 +705,23 @@ fn hint_of_dump(error: &DumpError) -> Option<&'static str> {
         DumpError::NoLayout { .. } | DumpError::Json { .. } => SAY_LAYOUT,
         _ => return None,
     })
+}
+
+/// Of more than is taken in.
+fn hint_of_length(path: &Path, by: SizeLimit) -> &'static str {
+    match by {
+        SizeLimit::Header { .. } | SizeLimit::Given | SizeLimit::Free
+            if path == Path::new(STDIN) =>
+        {
+            "--max-size SIZE allows more, of standard input: the memory of a guest that ran while it \
+             was sent may have come several times"
+        }
+        SizeLimit::Header { .. } => {
+            "its header does not tell of what it holds: unpack it with its own tool, and give the \
+             memory that is in it"
+        }
+        _ => IN_TMPDIR,
+    }
 }
 
 fn hint_of_guest(error: &VmiError, path: &Path) -> Option<&'static str> {

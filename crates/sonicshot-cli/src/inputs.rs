@@ -26,6 +26,9 @@ pub(crate) struct Input {
 /// Stands for standard input, and for standard output.
 pub(crate) const PIPE: &str = "-";
 
+/// The name of standard input in messages.
+pub(crate) const STDIN: &str = "standard input";
+
 /// Opens the checkpoint at `path`, or takes it from standard input, `max_size` bytes at most.
 pub(crate) fn checkpoint(
     path: &Path,
@@ -36,7 +39,7 @@ pub(crate) fn checkpoint(
         let _phase = phases.run("taking in");
         let mut options = OpenOptions::new().progress(phases.shown());
         options.max_size = max_size;
-        CheckpointFile::from_reader("standard input", io::stdin().lock(), &options)?
+        CheckpointFile::from_reader(STDIN, io::stdin().lock(), &options)?
     } else {
         CheckpointFile::open(path)?
     })
@@ -91,7 +94,7 @@ impl Input {
 
 /// Takes in standard input. If that is a file, it must stay as it is until all of it is read.
 fn take_in(options: &OpenOptions) -> Result<Snapshot, CliError> {
-    let name = Path::new("standard input");
+    let name = Path::new(STDIN);
     let stdin = io::stdin().lock();
     let file = stdin.as_fd().try_clone_to_owned();
     let file = file.map_err(|source| CliError::Io {

@@ -11,6 +11,7 @@ mod inspect;
 mod json;
 #[cfg(feature = "libvmi")]
 mod libvmi;
+mod log;
 mod output;
 mod progress;
 mod prune;

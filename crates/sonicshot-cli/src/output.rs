@@ -1,8 +1,12 @@
 //! The parts that every output has in common.
 
 use crate::error::CliError;
+use crate::progress::talk;
+use crate::report::note;
 use sonicshot_dump::Overwrite;
-use std::io;
+use std::fs;
+use std::io::{self, IsTerminal};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 /// The meaning of `--force`.
@@ -21,6 +25,22 @@ pub(crate) fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Cli
         path: path.into(),
         source,
     }
+}
+
+/// `NAME=FILE` of each `--blob` that is to be read. One may be a pipe, which is waited for until somebody
+/// writes to it: where somebody looks on, or with `--verbose`, that is told.
+pub(crate) fn blobs(args: &[String]) -> Result<Vec<(&str, PathBuf)>, CliError> {
+    let blobs = named_files(args)?;
+    for (_, path) in &blobs {
+        let is_pipe = fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+        if is_pipe && (talk().verbose || io::stderr().is_terminal()) {
+            note!(
+                "{} is a pipe: it is waited for until somebody writes to it",
+                path.display()
+            );
+        }
+    }
+    Ok(blobs)
 }
 
 /// `NAME=FILE` of each `--blob`.

@@ -296,7 +296,7 @@ impl Running {
             _ => ProgressBar::hidden(),
         };
         Self {
-            teller: teller(show, &state),
+            teller: teller(show, &state, &bar),
             state,
             show,
             bar,
@@ -324,12 +324,12 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.bar.finish_and_clear();
         if let Some((stop, thread)) = self.teller.take() {
             drop(stop);
             // A thread that panicked has nothing more to tell.
             let _ = thread.join();
         }
+        self.bar.finish_and_clear();
         if talk().verbose && !talk().quiet && self.show != Show::Json {
             let seconds = self.state.started.elapsed().as_secs_f64();
             complain!("{}: {seconds:.2} s", self.state.phase);
@@ -337,12 +337,18 @@ impl Drop for Running {
     }
 }
 
-/// The thread that writes lines, if any are to be written.
-fn teller(show: Show, state: &Arc<State>) -> Option<(Sender<()>, JoinHandle<()>)> {
+/// The thread that writes lines, if any are to be written, or moves the bar. The bar's own (`steady_tick`)
+/// would panic where no thread can be started.
+fn teller(
+    show: Show,
+    state: &Arc<State>,
+    bar: &ProgressBar,
+) -> Option<(Sender<()>, JoinHandle<()>)> {
     let every = match show {
         Show::Lines => LINE,
         Show::Json => JSON,
-        Show::Bar | Show::Nothing => return None,
+        Show::Bar => return mover(bar),
+        Show::Nothing => return None,
     };
     let (stop, stopped) = mpsc::channel::<()>();
     let state = Arc::clone(state);
@@ -375,13 +381,26 @@ fn teller(show: Show, state: &Arc<State>) -> Option<(Sender<()>, JoinHandle<()>)
     Some((stop, thread.ok()?))
 }
 
+/// The thread that moves the bar. Without one it is drawn when there is something new.
+fn mover(bar: &ProgressBar) -> Option<(Sender<()>, JoinHandle<()>)> {
+    bar.tick();
+    let (stop, stopped) = mpsc::channel::<()>();
+    let bar = bar.clone();
+    let work = move || {
+        while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+            bar.tick();
+        }
+    };
+    let thread = thread::Builder::new().name("progress".into()).spawn(work);
+    Some((stop, thread.ok()?))
+}
+
 /// A bar that only moves, until it is told how much there is.
 fn bar(phase: &'static str) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let style = ProgressStyle::with_template("{msg} {spinner} {elapsed} {bytes}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
     bar.set_message(phase);
-    bar.enable_steady_tick(TICK);
     bar
 }
 

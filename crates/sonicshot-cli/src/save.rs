@@ -4,7 +4,7 @@ use crate::args::{SaveArgs, classes};
 use crate::error::CliError;
 use crate::inputs::Input;
 use crate::json::{self, Disk, DiskSearchJson, OfSave, SaveReport, Stored, Version, line, path};
-use crate::output::{named_files, named_images, overwrite};
+use crate::output::{blobs, named_images, overwrite};
 use crate::progress::Phase;
 use crate::report::{by_name, complain, count, lines, mib, percent, say, size, tell_notes};
 use sonicshot::checkpoint::{DiskInfo, SaveOptions, SaveStats};
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &SaveArgs) -> Result<(), CliError> {
     if !args.for_analysis {
         check_unused(drop)?;
     }
-    let blobs = named_files(&args.blob)?;
+    let blobs = blobs(&args.blob)?;
     check_output(args)?;
     let mut options = CheckpointOptions::new(writing(args));
     options.vmm.clone_from(&args.vmm);

@@ -2,24 +2,33 @@
 
 use crate::args::{PrefetchKind, ServeArgs};
 use crate::error::CliError;
-use crate::progress::talk;
+use crate::log;
 use crate::report::{complain, say, size};
 use sonicshot_offline::OpenOptions;
 use sonicshot_serve::{
     CloudHypervisor, CloudOptions, KeepOptions, Metrics, Migration, OpenedSource, PageSet,
     Prefetch, Recorder, Restored, Server, ServerOptions, VmOptions, Watcher,
-    allow_many_descriptors, expose, open_source,
+    allow_many_descriptors, check_descriptors, expose, open_source,
 };
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::thread::Builder;
 use std::time::Duration;
-use tracing_subscriber::filter::LevelFilter;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
-    log(talk().verbose);
+    log::begin();
+    let served = serve(args);
+    log::end();
+    served
+}
+
+fn serve(args: &ServeArgs) -> Result<(), CliError> {
     allow_many_descriptors();
+    check_descriptors(match args.cloud_hypervisor.len() {
+        0 => args.max_vms.map(Into::into),
+        all => Some(all),
+    })?;
     let metrics = Arc::new(Metrics::default());
     let mut open = OpenOptions::new();
     open.layout.clone_from(&args.layout);
@@ -55,7 +64,7 @@ fn listen(
     let mut options = ServerOptions::new(socket);
     options.owner = args.owner;
     options.allow.clone_from(&args.allow_uid);
-    options.max_vms = args.max_vms.into();
+    options.max_vms = args.max_vms.map(Into::into);
     options.record.clone_from(&args.record);
     options.keep = args.keep_fds.as_ref().map(|path| {
         let mut keep = KeepOptions::new(path);
@@ -166,16 +175,6 @@ fn vm_options(
     Ok(vm)
 }
 
-fn log(verbose: bool) {
-    let level = if verbose {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::INFO
-    };
-    let builder = tracing_subscriber::fmt().with_writer(std::io::stderr);
-    builder.with_ansi(false).with_max_level(level).init();
-}
-
 /// This program again, to end the virtual machines if this process dies.
 fn watcher() -> Result<Watcher, CliError> {
     let program = std::env::current_exe().map_err(|source| CliError::Io {
@@ -190,8 +189,10 @@ fn watcher() -> Result<Watcher, CliError> {
 
 /// The other process's work.
 pub(crate) fn watch() -> Result<(), CliError> {
-    log(false);
-    let ended = sonicshot_serve::watch(&std::io::stdin())?;
+    log::begin();
+    let ended = sonicshot_serve::watch(&std::io::stdin());
+    log::end();
+    let ended = ended?;
     if ended > 0 {
         complain!("sonicshot serve died: {ended} virtual machines were ended");
     }

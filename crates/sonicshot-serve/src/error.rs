@@ -153,6 +153,36 @@ pub enum ServeError {
         /// The time that the whole message may take.
         limit: Duration,
     },
+    /// The message had not come whole, and others had connected.
+    #[error(
+        "{len} bytes of the message had come, and of {} connections that waited too this one had waited \
+         longest",
+        crate::crowd::MAX_WAITING
+    )]
+    #[cfg(feature = "server")]
+    Crowded {
+        /// The number of bytes that had come.
+        len: usize,
+    },
+    /// This process may not have as many descriptors as the virtual machines need.
+    #[error(
+        "{limit} files may be open at once (RLIMIT_NOFILE): {vms} virtual machines at once need {needed}, \
+         which are {each} each and {beside} beside; there is room for {room}"
+    )]
+    FewDescriptors {
+        /// The limit.
+        limit: u64,
+        /// The virtual machines that were to be served at once, at least.
+        vms: u64,
+        /// The descriptors that these need.
+        needed: u64,
+        /// The descriptors that each of them needs.
+        each: u64,
+        /// The descriptors that are needed beside.
+        beside: u64,
+        /// The virtual machines that there is room for.
+        room: u64,
+    },
     /// The message does not end.
     #[error("the message has more than {max} bytes")]
     TooLong {
@@ -178,6 +208,23 @@ pub enum ServeError {
         found: usize,
         /// The number that there should be.
         expected: usize,
+    },
+    /// Of the descriptors that came some are lost.
+    #[error(
+        "{found} of the file descriptors that came with the message could be taken in, and others not: more \
+         came than any message has, or than this process may have open"
+    )]
+    DescriptorsLost {
+        /// The number of descriptors that are there.
+        found: usize,
+    },
+    /// Who was to be named by a descriptor is not.
+    #[error(
+        "by the message one of its file descriptors is a pidfd, and none of the {found} that came is"
+    )]
+    NoPidfd {
+        /// The number of descriptors that came.
+        found: usize,
     },
     /// There is no memory to serve, or there are too many ranges of it.
     #[error("the message has {found} regions, not 1 to {max}")]

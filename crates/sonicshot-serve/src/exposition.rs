@@ -5,9 +5,12 @@ use crate::metrics::Metrics;
 use crate::socket::Named;
 use crate::until::Until;
 use core::time::Duration;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::AsFd;
+use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,6 +18,8 @@ use std::sync::Arc;
 const MAX_REQUEST: usize = 4096;
 /// The time that a request may take, whole and with its answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Connections whose request has not come whole.
+const MAX_ASKING: usize = 32;
 
 /// Answers requests for the counters, in a thread, for as long as the process lives: at a port of
 /// the loopback (`127.0.0.1:9100`, `[::1]:9100`) or a socket, which `address` names with a slash.
@@ -27,8 +32,13 @@ pub fn expose(address: &str, metrics: Arc<Metrics>) -> Result<(), ServeError> {
     let failed = || ServeError::io("listening for requests for metrics at", path);
     if address.contains('/') {
         let socket = Named::bind(path, |_| Ok(()))?;
-        let accept = move || socket.listener.accept().map(|(stream, _)| stream);
-        return start(accept, metrics);
+        let listener = &socket.listener;
+        listener.set_nonblocking(true).map_err(failed())?;
+        let accept = |socket: &Named| {
+            let (stream, _) = socket.listener.accept()?;
+            stream.set_nonblocking(true).map(|()| stream)
+        };
+        return start(socket, accept, metrics);
     }
     let parsed: Option<SocketAddr> = address.parse().ok();
     let Some(parsed) = parsed.filter(|address| address.ip().is_loopback()) else {
@@ -37,39 +47,37 @@ pub fn expose(address: &str, metrics: Arc<Metrics>) -> Result<(), ServeError> {
         return Err(failed()(error));
     };
     let listener = TcpListener::bind(parsed).map_err(failed())?;
-    start(move || listener.accept().map(|(stream, _)| stream), metrics)
+    listener.set_nonblocking(true).map_err(failed())?;
+    let accept = |listener: &TcpListener| {
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(true).map(|()| stream)
+    };
+    start(listener, accept, metrics)
 }
 
-/// A connection that does not wait for ever.
-trait Hasty: Read + Write + Send + 'static {
-    fn hurry(&self, left: Duration) -> io::Result<()>;
-}
-
-impl Hasty for UnixStream {
-    fn hurry(&self, left: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(left))?;
-        self.set_write_timeout(Some(left))
-    }
-}
-
-impl Hasty for TcpStream {
-    fn hurry(&self, left: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(left))?;
-        self.set_write_timeout(Some(left))
-    }
-}
-
-fn start<S: Hasty>(
-    accept: impl Fn() -> io::Result<S> + Send + 'static,
+/// Answers whoever comes to `listener`, which does not block, nor what it gives.
+fn start<L: AsFd + Send + 'static, S: Read + Write + AsFd + Send + 'static>(
+    listener: L,
+    accept: impl Fn(&L) -> io::Result<S> + Send + 'static,
     metrics: Arc<Metrics>,
 ) -> Result<(), ServeError> {
     let thread = std::thread::Builder::new().name("sonicshot-metrics".into());
     let spawned = thread.spawn(move || {
+        let mut asking = VecDeque::new();
         loop {
-            // One that fails has gone; one after the other is enough.
-            match accept() {
-                Ok(stream) => drop(answer(stream, &metrics)),
-                Err(_) => std::thread::sleep(PATIENCE),
+            if wait(&listener, &mut asking, &metrics).is_err() {
+                std::thread::sleep(PATIENCE);
+            }
+            asking.retain(|one: &Asking<S>| !one.until.left().is_zero());
+            match accept(&listener) {
+                Ok(stream) => asking.push_back(Asking::new(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // One that fails has gone, or there is no descriptor for it: others give theirs back.
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+            // Who has waited longest makes place: whoever asks does so at once.
+            if asking.len() > MAX_ASKING {
+                asking.pop_front();
             }
         }
     });
@@ -79,38 +87,128 @@ fn start<S: Hasty>(
     })
 }
 
-fn answer<S: Hasty>(mut stream: S, metrics: &Metrics) -> io::Result<()> {
-    let until = Until::new(PATIENCE);
-    // None left is an error too.
-    let hurry = |stream: &S| stream.hurry(until.left());
-    let mut request = Vec::new();
-    let mut part = [0; 512];
-    while !request.windows(4).any(|end| end == b"\r\n\r\n") && request.len() < MAX_REQUEST {
-        hurry(&stream)?;
-        match stream.read(&mut part)? {
-            0 => break,
-            got => request.extend_from_slice(part.get(..got).unwrap_or(&part)),
+/// A connection whose request has not come whole.
+struct Asking<S> {
+    stream: S,
+    request: Vec<u8>,
+    until: Until,
+}
+
+/// Waits until somebody connects, has more to say, or has had his time; answers who has said all.
+fn wait<S: Read + Write + AsFd>(
+    listener: &impl AsFd,
+    asking: &mut VecDeque<Asking<S>>,
+    metrics: &Metrics,
+) -> io::Result<()> {
+    let first = asking
+        .front()
+        .map(|one| Timespec::try_from(one.until.left()));
+    let limit = first.transpose().map_err(io::Error::other)?;
+    let mut ready = vec![PollFd::new(listener, PollFlags::IN)];
+    ready.extend(
+        asking
+            .iter()
+            .map(|one| PollFd::new(&one.stream, PollFlags::IN)),
+    );
+    match poll(&mut ready, limit.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let ready: Vec<bool> = ready
+        .iter()
+        .skip(1)
+        .map(|fd| !fd.revents().is_empty())
+        .collect();
+    let mut ready = ready.into_iter();
+    asking.retain_mut(|one| ready.next() != Some(true) || one.go_on(metrics));
+    Ok(())
+}
+
+impl<S: Read + Write> Asking<S> {
+    fn new(stream: S) -> Self {
+        Self {
+            stream,
+            request: Vec::new(),
+            until: Until::new(PATIENCE),
         }
     }
+
+    /// Takes in what there is, and answers it. Says whether more is waited for.
+    fn go_on(&mut self, metrics: &Metrics) -> bool {
+        let mut part = [0; 512];
+        let got = match self.stream.read(&mut part) {
+            Ok(got) => part.get(..got).unwrap_or(&part),
+            Err(error) => {
+                return matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                );
+            }
+        };
+        self.request.extend_from_slice(got);
+        let whole = got.is_empty() || self.request.windows(4).any(|end| end == b"\r\n\r\n");
+        if !whole && self.request.len() < MAX_REQUEST {
+            return true;
+        }
+        // At once: there is room for so much. Who has gone needs none.
+        let _ = self
+            .stream
+            .write_all(answer(&self.request, metrics).as_bytes());
+        false
+    }
+}
+
+fn answer(request: &[u8], metrics: &Metrics) -> String {
     let (status, text) = if request.starts_with(b"GET ") {
         ("200 OK", metrics.to_text())
     } else {
         ("405 Method Not Allowed", String::new())
     };
     let len = text.len();
-    hurry(&stream)?;
-    // At once: there is room for so much.
-    let answer = format!(
+    format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4\r\n\
          Content-Length: {len}\r\nConnection: close\r\n\r\n{text}"
-    );
-    stream.write_all(answer.as_bytes())
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
+    use std::net::TcpStream;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::time::Instant;
+
+    /// Whoever says nothing keeps nobody waiting: fewer than there are places, or more.
+    #[test]
+    fn who_is_silent_keeps_nobody_waiting() {
+        // A port that nobody has.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = port.local_addr().unwrap().to_string();
+        drop(port);
+        expose(&address, Arc::default()).unwrap();
+        let silent = |count: usize| -> Vec<_> {
+            let all = (0..count).map(|_| TcpStream::connect(&address).unwrap());
+            all.collect()
+        };
+        for count in [8, 4 * MAX_ASKING] {
+            let mut all = silent(count);
+            for _ in 0..20 {
+                let start = Instant::now();
+                let mut stream = TcpStream::connect(&address).unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\n").unwrap();
+                stream.write_all(b"\r\n").unwrap();
+                let mut text = String::new();
+                stream.read_to_string(&mut text).unwrap();
+                assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+                assert!(start.elapsed() < PATIENCE / 2, "{:?}", start.elapsed());
+                all.extend(silent(8));
+            }
+            // They are closed, the oldest first.
+            let limit = Some(Duration::from_secs(20));
+            all[0].set_read_timeout(limit).unwrap();
+            assert_eq!(all[0].read(&mut [0]).unwrap(), 0);
+        }
+    }
 
     #[test]
     fn counters_are_had_by_a_get_on_this_host_alone() {

@@ -42,9 +42,8 @@ impl Held {
         let is_pidfd = |fd: &&Arc<OwnedFd>| pid_of(fd).is_ok_and(|pid| pid.is_some());
         let vm = match descriptors.iter().find(is_pidfd) {
             Some(pidfd) => Peer::of_descriptor(Arc::clone(pidfd), who),
-            None if names_another(&received.message) => Err(ServeError::Descriptors {
+            None if names_another(&received.message) => Err(ServeError::NoPidfd {
                 found: descriptors.len(),
-                expected: 2,
             }),
             None => sender,
         };

@@ -57,6 +57,10 @@
 mod address;
 #[cfg(feature = "server")]
 mod cloud_hypervisor;
+#[cfg(feature = "server")]
+mod crowd;
+#[cfg(feature = "server")]
+mod descriptors;
 mod engine;
 mod error;
 #[cfg(feature = "server")]
@@ -89,6 +93,8 @@ mod watch;
 pub use address::HostAddress;
 #[cfg(feature = "server")]
 pub use cloud_hypervisor::{CloudHypervisor, CloudOptions, FaultRequest, Migration, Restored};
+#[cfg(feature = "server")]
+pub use descriptors::{allow_many_descriptors, check_descriptors};
 pub use engine::{Prefetch, Vm, VmOptions, VmRegion};
 pub use error::ServeError;
 #[cfg(feature = "server")]
@@ -97,7 +103,7 @@ pub use metrics::Metrics;
 #[cfg(feature = "server")]
 pub use protocol::{Handshake, Mapping, Place};
 #[cfg(feature = "server")]
-pub use server::{KeepOptions, Server, ServerOptions, allow_many_descriptors};
+pub use server::{KeepOptions, Server, ServerOptions};
 pub use set::{PageSet, Recorder};
 pub use source::{CheckpointSource, Content, Look, MemorySource, PageSource, Piece, Run};
 #[cfg(feature = "server")]

@@ -1,5 +1,7 @@
 //! The socket that virtual machines come to, and a thread for each.
 
+use crate::crowd::{Crowd, GRACE, Seat};
+use crate::descriptors::most_served;
 use crate::engine::{Control, End, Kept, Machine, VmOptions};
 use crate::error::ServeError;
 use crate::held::Held;
@@ -21,16 +23,13 @@ use rustix::fs::{Gid, Mode, Uid, chmod, chown, fstat};
 use rustix::io::Errno;
 use serde_json::json;
 use sonicshot::checkpoint::CheckpointError;
-use sonicshot::to_usize;
 use std::collections::HashSet;
 use std::hash::DefaultHasher;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// The time for which a message is waited for whose sender will not be served: it may be on its way.
-const STRANGER: Duration = Duration::from_millis(100);
 /// So often a name is tried that a watcher may be about to give up.
 const TRIES: u32 = 30;
 
@@ -56,10 +55,12 @@ pub struct ServerOptions {
     /// The file that the recorder's working set is written to each time that a virtual machine has
     /// ended.
     pub record: Option<PathBuf>,
-    /// The most that are served at once, or as many as there is room for in the process's table of
-    /// descriptors ([`allow_many_descriptors`]). More wait until one has ended.
-    pub max_vms: usize,
-    /// The time that a message may take to come whole.
+    /// The most that are served at once; more wait until one has ended. Without it as many as there is
+    /// room for in the process's table of descriptors, and 1024 at most
+    /// ([`check_descriptors`](crate::check_descriptors)).
+    pub max_vms: Option<usize>,
+    /// The time that a message may take to come whole. Until it has, its sender takes none of the places
+    /// of `max_vms`.
     pub patience: Duration,
     /// Whether another server can go on with the virtual machines, and this one with another's.
     pub keep: Option<KeepOptions>,
@@ -106,7 +107,7 @@ impl ServerOptions {
             allow: Vec::new(),
             vm: VmOptions::default(),
             record: None,
-            max_vms: 1024,
+            max_vms: None,
             patience: Duration::from_secs(10),
             keep: None,
         }
@@ -143,7 +144,7 @@ impl ServerOptions {
     /// Says how many are served at once.
     #[must_use]
     pub fn max_vms(mut self, most: usize) -> Self {
-        self.max_vms = most;
+        self.max_vms = Some(most);
         self
     }
 
@@ -181,9 +182,8 @@ struct Shared {
     /// that.
     begun: AtomicUsize,
     wake: OwnedFd,
-    /// Connections that have a thread.
-    live: Mutex<usize>,
-    less: Condvar,
+    /// All who have connected.
+    crowd: Arc<Crowd>,
     /// The `userfaultfd`s that are served.
     served: Mutex<HashSet<u64>>,
 }
@@ -202,6 +202,7 @@ impl Server {
     ///
     /// # Errors
     /// [`ServeError::SocketExists`] if there is something that is in use, or [`ServeError::Io`];
+    /// [`ServeError::FewDescriptors`] if this process may not have as many as are needed;
     /// [`CheckpointError::CannotRun`] of a source that is for analysis, unless the options say that
     /// this is known; of [`ServerOptions::keep`] [`ServeError::NoIdentity`], or why the virtual
     /// machines of another server cannot be gone on with: they stay with its watcher.
@@ -213,14 +214,13 @@ impl Server {
         if source.is_for_analysis() && !options.vm.for_analysis {
             return Err(CheckpointError::CannotRun.into());
         }
-        let mut options = options;
-        options.max_vms = options.max_vms.min(room());
+        let most = most_served(options.max_vms)?;
         let identity = match &options.keep {
             Some(_) => Some(identity(&*source).ok_or(ServeError::NoIdentity)?),
             None => None,
         };
         let mut given = match &options.keep {
-            Some(keep) => Given::ask(&keep.socket, options.max_vms)?,
+            Some(keep) => Given::ask(&keep.socket, most)?,
             None => None,
         };
         let pages = given.as_mut().and_then(|given| given.pages.take());
@@ -236,8 +236,7 @@ impl Server {
             identity,
             begun: AtomicUsize::new(0),
             wake: wake.map_err(ServeError::system("eventfd"))?,
-            live: Mutex::new(0),
-            less: Condvar::new(),
+            crowd: Arc::new(Crowd::new(most)),
             served: Mutex::default(),
         });
         if let Some(given) = given
@@ -270,39 +269,44 @@ impl Server {
         let enough = || count.is_some_and(|count| self.shared.has_begun(count));
         let mut came = 1..;
         while !enough() {
-            self.shared.wait_for_fewer(self.shared.options.max_vms);
+            self.wait()?;
             if enough() {
                 break;
             }
+            self.shared.crowd.wait_for_place(enough);
+            if enough() {
+                break;
+            }
+            self.shared.crowd.make_place();
             if let Some(stream) = self.accept()? {
-                self.take_next(stream, &mut came, true);
-            } else if !enough() {
-                self.wait()?;
+                self.take_next(stream, &mut came, count);
             }
         }
         // Nobody more finds it, and who has is told.
         self.socket.unname();
         self.turn_away(&mut came)?;
-        self.shared.wait_for_fewer(1);
+        self.shared.crowd.wait_for_none();
         // Who had looked the name up before.
         self.turn_away(&mut came)?;
-        self.shared.wait_for_fewer(1);
+        self.shared.crowd.wait_for_none();
         Ok(())
     }
 
     /// Refuses those who have connected.
     fn turn_away(&self, came: &mut RangeFrom<usize>) -> Result<(), ServeError> {
-        while let Some(stream) = self.accept()? {
-            self.shared.wait_for_fewer(self.shared.options.max_vms);
-            self.take_next(stream, came, false);
+        loop {
+            self.shared.crowd.make_place();
+            match self.accept()? {
+                Some(stream) => self.take_next(stream, came, Some(0)),
+                None => return Ok(()),
+            }
         }
-        Ok(())
     }
 
     /// Takes in the connection with the next number.
-    fn take_next(&self, stream: UnixStream, came: &mut RangeFrom<usize>, in_time: bool) {
+    fn take_next(&self, stream: UnixStream, came: &mut RangeFrom<usize>, count: Option<usize>) {
         if let Some(number) = came.next() {
-            self.shared.take_in(stream, number, in_time);
+            self.shared.take_in(stream, number, count);
         }
     }
 
@@ -362,34 +366,6 @@ fn failed(operation: &'static str) -> impl FnOnce(io::Error) -> ServeError {
     move |source| ServeError::System { operation, source }
 }
 
-/// Descriptors that a connection takes: itself, two that come with it, its process, what its thread
-/// is woken by, what is kept, and one to look at another with. Of whoever sends more some may be lost: he is
-/// refused anyway.
-const DESCRIPTORS: u64 = 7;
-/// Those that the process has beside.
-const OTHERS: u64 = 64;
-
-/// The number of connections that there is room for in the table of descriptors: of one more, those
-/// that came with it could be lost.
-fn room() -> usize {
-    use rustix::process::{Resource, getrlimit};
-    let Some(limit) = getrlimit(Resource::Nofile).current else {
-        return usize::MAX;
-    };
-    let room = limit.checked_sub(OTHERS).map(|room| room / DESCRIPTORS);
-    // One at least: it is told what there is no room for.
-    to_usize(room.filter(|room| *room > 0).unwrap_or(1))
-}
-
-/// Lets this process have as many descriptors as it may.
-pub fn allow_many_descriptors() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // It may do with fewer.
-    let _ = setrlimit(Resource::Nofile, limit);
-}
-
 /// The mark that tells a source from others, and where its memory lies.
 fn identity(source: &dyn PageSource) -> Option<String> {
     let mut layout = DefaultHasher::new();
@@ -420,14 +396,9 @@ impl Shared {
         for session in sessions {
             self.begun.fetch_add(1, Ordering::AcqRel);
             let number = self.begun.load(Ordering::Acquire);
-            let session = Mutex::new(Some(session));
-            let session = Arc::new(session);
+            let session = Mutex::new(Some((session, self.crowd.enter_served())));
             self.spawn(number, move |shared| {
-                let taken = session
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take();
-                if let Some(session) = taken {
+                if let Some((session, _seat)) = taken(&session) {
                     tracing::info!("goes on");
                     shared.run(session);
                 }
@@ -502,22 +473,13 @@ impl Shared {
         self.begun.load(Ordering::Acquire) >= count
     }
 
-    fn wait_for_fewer(&self, than: usize) {
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        while *live >= than.max(1) {
-            live = self.less.wait(live).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
     /// Has `work` done by a thread of its own.
     fn spawn(self: &Arc<Self>, number: usize, work: impl Fn(&Arc<Self>) + Send + Sync + 'static) {
         let work = Arc::new(work);
         loop {
-            let counted = Counted::new(self);
             let (shared, work) = (Arc::clone(self), Arc::clone(&work));
             let thread = std::thread::Builder::new().name(format!("sonicshot-vm-{number}"));
             let spawned = thread.spawn(move || {
-                let _counted = counted;
                 let span = tracing::info_span!("vm", number);
                 let _entered = span.enter();
                 work(&shared);
@@ -531,11 +493,16 @@ impl Shared {
         }
     }
 
-    /// Serves who has connected, by a thread of his own.
-    fn take_in(self: &Arc<Self>, stream: UnixStream, number: usize, in_time: bool) {
+    /// Serves who has connected, by a thread of his own. It is too late for him once `count` have begun.
+    fn take_in(self: &Arc<Self>, stream: UnixStream, number: usize, count: Option<usize>) {
         let stream = Arc::new(stream);
+        let uid = sys::credentials(&stream).ok().map(|who| who.uid);
+        let seat = Mutex::new(Some(self.crowd.enter(number, uid, &stream)));
         self.spawn(number, move |shared| {
-            if let Some(session) = shared.meet(&stream, in_time) {
+            let Some(mut seat) = taken(&seat) else {
+                return;
+            };
+            if let Some(session) = shared.meet(&stream, &mut seat, count) {
                 tracing::info!("began");
                 shared.run(session);
             }
@@ -571,20 +538,42 @@ impl Shared {
     }
 
     /// All before the first page. Who is refused after he has sent his memory is ended.
-    fn meet(self: &Arc<Self>, stream: &Arc<UnixStream>, in_time: bool) -> Option<Session> {
-        let (mut held, answers, outcome) = match self.hear(stream, in_time) {
+    fn meet(
+        self: &Arc<Self>,
+        stream: &Arc<UnixStream>,
+        seat: &mut Seat,
+        count: Option<usize>,
+    ) -> Option<Session> {
+        let is_late = || count.is_some_and(|count| self.has_begun(count));
+        let (mut held, answers, outcome) = match self.hear(stream, seat, count == Some(0)) {
             Ok(heard) => heard,
             Err(error) => {
                 self.refuse(&error);
                 return None;
             }
         };
-        let session =
-            outcome.and_then(|(handshake, vm)| self.begin(&handshake, held.descriptors(), &vm));
+        let session = outcome.and_then(|(handshake, vm)| {
+            let mut watched = None;
+            if is_late() || !seat.take_now() {
+                // It has sent its memory, and nobody else has it while it waits.
+                if let Some(uffd) = held.descriptors().first() {
+                    let watcher = self.watcher.as_ref();
+                    watched = watcher
+                        .map(|watcher| watcher.add(uffd, &vm, None))
+                        .transpose()?;
+                }
+                if !seat.take(is_late) {
+                    return Err(ServeError::Late);
+                }
+            }
+            let _until_it_is_watched = watched;
+            self.begin(&handshake, held.descriptors(), &vm)
+        });
         match session {
             Ok((machine, served, watched)) => {
                 self.begun.fetch_add(1, Ordering::AcqRel);
                 let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+                self.crowd.wake();
                 if answers {
                     answer(stream, &json!({"ok": true}));
                 }
@@ -611,23 +600,41 @@ impl Shared {
 
     fn refuse(&self, error: &ServeError) {
         self.options.vm.metrics.refused();
-        tracing::warn!("refused: {}", error.with_causes());
+        // Lines of their own kinds: of many of one kind some are left out.
+        match error {
+            ServeError::Peer { .. } => {
+                tracing::warn!("refused: a stranger: {}", error.with_causes());
+            }
+            ServeError::Crowded { .. } | ServeError::Slow { .. } | ServeError::Closed { .. } => {
+                tracing::warn!("refused: no message: {}", error.with_causes());
+            }
+            _ => tracing::warn!("refused: {}", error.with_causes()),
+        }
     }
 
     /// Takes in what somebody sends, whoever he is: of his memory nobody would know else. Says what
     /// is held, whether he waits for an answer, and whose memory it is, if it can be served.
-    fn hear(&self, stream: &Arc<UnixStream>, in_time: bool) -> Result<Heard, ServeError> {
+    fn hear(
+        &self,
+        stream: &Arc<UnixStream>,
+        seat: &Seat,
+        is_late: bool,
+    ) -> Result<Heard, ServeError> {
         let who = sys::credentials(stream).map_err(ServeError::PeerGone)?;
         let sender = Peer::of_socket(stream, who);
         let welcome = self.may(who.uid);
         let patience = self.options.patience;
-        let patience = if welcome && in_time {
+        let patience = if welcome && !is_late {
             patience
         } else {
-            patience.min(STRANGER)
+            patience.min(GRACE)
         };
         let mut received = Received::default();
-        let outcome = receive(stream, patience, &mut received);
+        let mut outcome = receive(stream, patience, &mut received);
+        if seat.heard() && matches!(outcome, Err(ServeError::Closed { .. })) {
+            let len = received.message.len();
+            outcome = Err(ServeError::Crowded { len });
+        }
         if outcome.is_err() {
             receive_rest(stream, &mut received);
         }
@@ -640,7 +647,7 @@ impl Shared {
                     pid: who.pid,
                 });
             }
-            if !in_time {
+            if is_late {
                 return Err(ServeError::Late);
             }
             outcome?;
@@ -738,24 +745,10 @@ impl Drop for Served {
     }
 }
 
-/// A connection that has a thread.
-struct Counted(Arc<Shared>);
-
-impl Counted {
-    fn new(shared: &Arc<Shared>) -> Self {
-        let mut live = shared.live.lock().unwrap_or_else(PoisonError::into_inner);
-        *live = live.saturating_add(1);
-        Self(Arc::clone(shared))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let mut live = self.0.live.lock().unwrap_or_else(PoisonError::into_inner);
-        *live = live.saturating_sub(1);
-        drop(live);
-        self.0.less.notify_all();
-    }
+/// The content, for whoever comes first.
+fn taken<T>(content: &Mutex<Option<T>>) -> Option<T> {
+    let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
+    content.take()
 }
 
 /// A virtual machine that is counted among those that run.

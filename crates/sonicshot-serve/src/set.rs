@@ -128,7 +128,7 @@ impl PageSet {
     /// As [`from_text`](Self::from_text), and [`ServeError::Io`] if it cannot be read.
     pub fn read(path: &Path, layout: &RamLayout) -> Result<Self, ServeError> {
         use std::io::Read;
-        let file = File::open(path).map_err(ServeError::io("opening", path))?;
+        let file = sonicshot::open_file(path).map_err(ServeError::io("opening", path))?;
         let mut text = String::new();
         // One byte more tells that there is more.
         const TOO_MUCH: u64 = PageSet::MAX_FILE + 1;

@@ -2,6 +2,7 @@
 
 use crate::error::ServeError;
 use core::hash::{Hash, Hasher};
+use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{Mode, chmod};
 use std::hash::DefaultHasher;
 use std::io;
@@ -93,6 +94,12 @@ impl Named {
 impl Drop for Named {
     fn drop(&mut self) {
         self.unname();
+    }
+}
+
+impl AsFd for Named {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 }
 

@@ -366,6 +366,15 @@ impl Work {
     fn give(&mut self, mut successor: Option<UnixStream>) -> bool {
         self.held.retain(|_, held| !held.is_over());
         let Some(door) = &self.door else { return false };
+        // One that waited for its turn has no record by which another could go on with it.
+        self.held.retain(|_, held| {
+            let is_kept = held.kept.is_some();
+            if !is_kept {
+                held.peer.end();
+                held.peer.wait(None);
+            }
+            is_kept
+        });
         let until = Until::new(door.limit);
         while !self.held.is_empty() || successor.is_some() {
             if let Some(stream) = successor.take() {

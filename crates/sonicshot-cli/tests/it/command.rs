@@ -258,6 +258,102 @@ fn a_named_pipe_is_refused() {
     }
 }
 
+/// What is read at any place is refused at once if it is a pipe; where one is read from its begin to its
+/// end, that it is waited for is told.
+#[test]
+fn a_named_pipe_is_not_waited_for_without_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let pipe = at("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    let raw = raw_dump(folder.path(), |_| {});
+    let (out, sonic) = (at("out"), at("guest.sonic"));
+    let (pipe, out, raw, sonic) = (text(&pipe), text(&out), text(&raw), text(&sonic));
+    let run = sonicshot(&["save", raw, "-o", sonic]);
+    assert!(run.status.success(), "{}", stderr(&run));
+    let set = format!("working-set={pipe}");
+    let socket = at("socket");
+    let image = format!("disk={pipe}");
+    for args in [
+        &["verify", pipe][..],
+        &["verify", sonic, "--against", pipe],
+        &["verify", sonic, "--disk", &image],
+        &["restore", pipe, "-o", out],
+        &["attach", pipe, "-o", out, "--blob", "a=/etc/hostname"],
+        &["attach", sonic, "-o", out, "--blob", &set],
+        &["symbols", "make", pipe, "-o", out],
+        &["inspect", raw, "--symbols", pipe],
+        &["inspect", raw, "--base", pipe],
+        &["save", raw, "-o", out, "--disk", &image],
+        &["xen", "restore", pipe],
+        &["qemu", "restore", pipe, "--", "true"],
+        &["serve", pipe, "--socket", text(&socket)],
+        &["serve", raw, "--socket", text(&socket), "--set", pipe],
+        &["share", pipe, "--disk", &image, "-o", out],
+    ] {
+        let run = Command::new("timeout")
+            .args(["60", env!("CARGO_BIN_EXE_sonicshot")])
+            .args(args)
+            .output()
+            .unwrap();
+        let said = stderr(&run);
+        let code = run.status.code();
+        assert!(matches!(code, Some(1..=6)), "{args:?}: {code:?} {said}");
+        assert!(said.contains("error: "), "{args:?}: {said}");
+        assert!(!at("out").exists(), "{args:?}");
+    }
+    // A blob is read as it comes.
+    let blob = format!("a={pipe}");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_sonicshot"))
+        .args(["attach", sonic, "-o", out, "--blob", &blob, "--verbose"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut said = std::io::BufReader::new(child.stderr.take().unwrap());
+    std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+    assert!(line.contains("waited for until somebody writes"), "{line}");
+    fs::write(pipe, "content").unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+/// An error says what there is, and what to do about it.
+#[test]
+fn words_fit_what_was_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("empty"), "").unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    // A migration file whose machine has no name, and no memory that it could be told by.
+    let mut stream = b"QEVM\0\0\0\x03\x07\0\0\0\0".to_vec();
+    stream.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04");
+    stream.extend((0x0800_0000_u64 | 4).to_be_bytes());
+    stream.extend(b"\x06pc.ram");
+    stream.extend(0x0800_0000_u64.to_be_bytes());
+    stream.extend(0x10_u64.to_be_bytes());
+    stream.extend(b"\x7e\0\0\0\x02\0");
+    fs::write(at("nameless"), stream).unwrap();
+    let (empty, raw, nameless) = (at("empty"), raw, at("nameless"));
+    let (empty, raw, nameless) = (text(&empty), text(&raw), text(&nameless));
+    for (args, words) in [
+        (&["verify", empty][..], "the file is empty (0 bytes)"),
+        (
+            &["verify", "/dev/null"],
+            "neither a regular file nor a block device",
+        ),
+        (&["inspect", nameless], "it names no machine"),
+        (&["save", raw, "-o", "/dev/full"], "give a file"),
+        (&["prune", raw, "-o", "/dev/full"], "give a file"),
+        (&["save", raw, "-o", "/dev/full", "--force"], "a device"),
+    ] {
+        let run = sonicshot(args);
+        let said = stderr(&run);
+        assert!(!run.status.success(), "{args:?}: {said}");
+        assert!(said.contains(words), "{args:?}: {said}");
+    }
+}
+
 #[test]
 fn where_to_prune_to_must_be_said() {
     let run = sonicshot(&["prune", "x"]);

@@ -2,9 +2,10 @@
 
 use crate::common::raw_dump;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 const SONICSHOT: &str = env!("CARGO_BIN_EXE_sonicshot");
 
@@ -136,6 +137,90 @@ fn few_threads_do_all_the_work() {
             );
         }
         assert!(fs::read(at("restored")).unwrap() == fs::read(at("pruned")).unwrap());
+    }
+}
+
+/// The limit is raised as far as it may be; one that is too low is told with what is needed.
+#[test]
+fn a_server_has_descriptors_for_those_that_it_serves() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let socket = folder.path().join("pages");
+    let serve = ["serve", text(&raw), "--socket", text(&socket)];
+    for (limit, more, words) in [
+        ("--nofile=12:12", &[][..], ["12 files", "need 455"]),
+        ("--nofile=400:400", &[], ["400 files", "1 virtual machines"]),
+        (
+            "--nofile=1000:1000",
+            &["--max-vms", "100"],
+            ["1000 files", "need 1148"],
+        ),
+    ] {
+        let output = limited(limit, &[&serve[..], more].concat());
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        for words in words.iter().chain(&["RLIMIT_NOFILE", "LimitNOFILE="]) {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+        assert!(!socket.exists());
+    }
+    for (limit, more) in [
+        ("--nofile=64:20000", &["--max-vms", "1024"][..]),
+        ("--nofile=1000:1000", &[]),
+    ] {
+        let mut command = Command::new("prlimit");
+        command.args([limit, SONICSHOT]).args(serve).args(more);
+        command.stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        let mut said = BufReader::new(child.stdout.take().unwrap());
+        said.read_line(&mut line).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(line.starts_with("serving "), "{limit}: {line}");
+    }
+}
+
+/// On a terminal a bar moves by itself: where that can have no thread it is drawn all the same.
+#[test]
+fn a_bar_needs_no_thread() {
+    let folder = tempfile::tempdir().unwrap();
+    let can = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).output();
+        output.is_ok_and(|output| output.status.success())
+    };
+    let can = can("setpriv", &["--reuid=54321", "--clear-groups", "true"])
+        && can("script", &["--version"]);
+    if !sonicshot_testkit::has("the right to be another user, and `script`", can) {
+        return;
+    }
+    let all_may = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let raw = raw_dump(folder.path(), |_| {});
+    let program = folder.path().join("program");
+    fs::copy(SONICSHOT, &program).unwrap();
+    for (path, mode) in [(folder.path(), 0o777), (&raw, 0o644), (&program, 0o755)] {
+        all_may(path, mode);
+    }
+    for threads in [1, 2, 100] {
+        let line = format!(
+            "setpriv --reuid=54322 --clear-groups prlimit --nproc={threads} {} inspect {} --verbose",
+            text(&program),
+            text(&raw)
+        );
+        // A terminal of its own.
+        let output = Command::new("script")
+            .args(["-qec", &line, "/dev/null"])
+            .env("TMPDIR", folder.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{threads}: {said}");
+        assert!(!said.contains("panicked"), "{threads}: {said}");
+        // The cursor is moved: there was a bar.
+        assert!(said.contains("\u{1b}["), "{threads}: {said:?}");
     }
 }
 

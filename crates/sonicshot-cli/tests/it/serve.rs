@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -147,6 +148,51 @@ fn a_server_is_for_its_user_and_counts() {
     assert!(child.try_wait().unwrap().is_none());
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// Many lines of one kind are counted instead of written; the metrics count all.
+#[test]
+fn a_flood_of_connections_fills_no_log() {
+    const MANY: usize = 3000;
+    let folder = tempfile::tempdir().unwrap();
+    let raw = raw_dump(folder.path(), |_| {});
+    let [socket, metrics] = ["pages", "metrics"].map(|name| folder.path().join(name));
+    let args = ["--socket", text(&socket), "--metrics", text(&metrics)];
+    let mut child = serving(&[&[text(&raw)], &args[..]].concat());
+    let mut said = child.stderr.take().unwrap();
+    let said = std::thread::spawn(move || {
+        let mut text = String::new();
+        said.read_to_string(&mut text).unwrap();
+        text
+    });
+    for _ in 0..MANY {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(b"]]}").unwrap();
+        // Until it is refused.
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    }
+    // The last ones are told of without another line.
+    std::thread::sleep(Duration::from_millis(2500));
+    let mut counters = UnixStream::connect(&metrics).unwrap();
+    counters.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    counters.read_to_string(&mut answer).unwrap();
+    let line = format!("\nsonicshot_serve_connections_refused_total {MANY}\n");
+    assert!(answer.contains(&line), "{answer}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let said = said.join().unwrap();
+    let (mut lines, mut told) = (0, 0);
+    for line in said.lines() {
+        lines += 1;
+        match line.split_once(" more lines like the next in ") {
+            // The next line is one of them.
+            Some((count, _)) => told += count.replace(',', "").parse::<usize>().unwrap() - 1,
+            None => told += usize::from(line.contains("refused: ")),
+        }
+    }
+    assert_eq!(told, MANY, "{said}");
+    assert!(lines < MANY / 5, "{lines}");
 }
 
 #[test]

@@ -13,7 +13,6 @@ use serde::de::IgnoredAny;
 use sonicshot::{Gpa, GpaRange, RamLayout, to_u64};
 use sonicshot_offline::CheckpointFile;
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
@@ -228,7 +227,7 @@ const TOO_LONG: &str = "its configuration or state has more than 64 MiB";
 
 /// A file of JSON.
 fn read(path: &Path) -> Result<Vec<u8>, ServeError> {
-    let file = File::open(path).map_err(ServeError::io("opening", path))?;
+    let file = sonicshot::open_file(path).map_err(ServeError::io("opening", path))?;
     let mut out = Vec::new();
     const TOO_MUCH: u64 = MAX_JSON + 1;
     file.take(TOO_MUCH)
@@ -350,6 +349,7 @@ impl Config {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
+    use std::fs::File;
 
     const GIB: u64 = 1 << 30;
 

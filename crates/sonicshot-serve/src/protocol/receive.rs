@@ -121,7 +121,10 @@ fn receive_part(stream: &UnixStream, received: &mut Received) -> Result<usize, S
     received.lost |= result.flags.contains(ReturnFlags::CTRUNC);
     let part = part.get(..got).unwrap_or(&part);
     received.message.extend_from_slice(part);
-    if found > MAX_DESCRIPTORS || received.lost {
+    if received.lost {
+        return Err(ServeError::DescriptorsLost { found });
+    }
+    if found > MAX_DESCRIPTORS {
         return Err(ServeError::Descriptors { found, expected: 1 });
     }
     Ok(got)
@@ -267,8 +270,12 @@ mod tests {
             let (got, result) = received(&far);
             let error = result.unwrap_err();
             assert!(
-                matches!(error, ServeError::Descriptors { .. }),
-                "{counts:?}: {error:?}"
+                match error {
+                    ServeError::Descriptors { found, expected } => !got.lost && found > expected,
+                    ServeError::DescriptorsLost { .. } => got.lost,
+                    _ => false,
+                },
+                "{counts:?}"
             );
             assert!(got.descriptors.len() <= 8);
             // There is room for four at once.

@@ -117,8 +117,11 @@ fn nobody_is_ended_for_nothing() {
         ),
         // Of whom memory comes that is not his own, and not whose it is. It is held until the
         // connection is closed.
-        (vec![uffd.as_fd()], "1 file descriptors came"),
-        (vec![uffd.as_fd(), null.as_fd()], "2 file descriptors came"),
+        (vec![uffd.as_fd()], "none of the 1 that came is"),
+        (
+            vec![uffd.as_fd(), null.as_fd()],
+            "one of its file descriptors is a pidfd, and none of the 2 that came is",
+        ),
     ] {
         let stream = send(&serving, WHOLE, &descriptors);
         let mut answer = String::new();
@@ -223,10 +226,10 @@ fn a_thread_that_fails_takes_its_machine_along() {
 #[test]
 fn who_comes_too_late_is_ended() {
     let serving = Serving::start(1, Compression::None, |options| {
-        options.max_vms = 1;
+        options.max_vms = Some(1);
         options.patience = Duration::from_secs(3600);
     });
-    // It has the only thread, and the others wait, in this order.
+    // It takes no virtual machine's place.
     let mut idle = UnixStream::connect(serving.socket()).unwrap();
     let memory = Memory::new(PAGES * PAGE, false);
     let (own, registered) = memory.register();
@@ -243,12 +246,12 @@ fn who_comes_too_late_is_ended() {
     let regions = regions.join(",");
     let message = format!(r#"{{"sonicshot":1,"pidfd":true,"regions":[{regions}]}}"#);
     let served = send(&serving, &message, &[own.as_fd(), first.pidfd.as_fd()]);
-    let late = send(&serving, WHOLE, &[none.as_fd(), machine.pidfd.as_fd()]);
-    let silent = UnixStream::connect(serving.socket()).unwrap();
-    idle.write_all(b"]").unwrap();
     let mut answer = String::new();
     BufReader::new(&served).read_line(&mut answer).unwrap();
     assert_eq!(answer, "{\"ok\":true}\n");
+    let late = send(&serving, WHOLE, &[none.as_fd(), machine.pidfd.as_fd()]);
+    let silent = UnixStream::connect(serving.socket()).unwrap();
+    idle.write_all(b"]").unwrap();
     assert!(memory.read(5) == expected(5));
     first.child.kill().unwrap();
     first.child.wait().unwrap();
@@ -263,6 +266,30 @@ fn who_comes_too_late_is_ended() {
         text.contains("\nsonicshot_serve_connections_refused_total 3\n"),
         "{text}"
     );
+}
+
+/// Whoever says nothing takes no place of a virtual machine's, however many of them there are; the one
+/// that has waited longest goes.
+#[test]
+fn who_is_silent_takes_no_place() {
+    let serving = Serving::start(2, Compression::Lz4, |options| {
+        options.max_vms = Some(1);
+        options.patience = Duration::from_secs(3600);
+    });
+    let connect = || UnixStream::connect(serving.socket()).unwrap();
+    let mut half = connect();
+    half.write_all(b"{").unwrap();
+    succeeded(serving.client("1.7", 4096, "check", 1));
+    let mut all: Vec<_> = (0..150).map(|_| connect()).collect();
+    succeeded(serving.client("own", 4096, "check", 2));
+    // They are told, too; and by now the others.
+    let mut text = String::new();
+    half.read_to_string(&mut text).unwrap();
+    assert!(text.is_empty() || text.contains("waited longest"), "{text}");
+    all[0].read_to_string(&mut String::new()).unwrap();
+    assert!(serving.metric("connections_refused_total") >= 80);
+    drop(all);
+    serving.end(Vec::new());
 }
 
 /// Two threads would not know of each other what was given back.
