@@ -162,7 +162,10 @@ impl<R: BufRead> Decoder<R> {
         }
         let stored_len = self.word()?;
         if len > MAX_BLOCK || stored_len == 0 || stored_len > len {
-            return Err(damaged("the length of a block"));
+            return Err(damaged(&format!(
+                "a block of {len} bytes that takes {stored_len}, which has at most {MAX_BLOCK} and takes \
+                 no more than it has"
+            )));
         }
         let of_content = self.sums(ADLER32_CONTENT, CRC32_CONTENT)?;
         let of_stored = if stored_len < len {
@@ -378,7 +381,8 @@ mod tests {
         // More than a block may have, and than a header.
         let mut long = pack(b"some content");
         long[38..42].copy_from_slice(&(65_u32 << 20).to_be_bytes());
-        assert!(unpack(&long).is_err());
+        let said = unpack(&long).unwrap_err().to_string();
+        assert!(said.contains("a block of 68157440 bytes"), "{said}");
         let mut header = pack(&[])[9..34].to_vec();
         header[8..12].copy_from_slice(&0x40_u32.to_be_bytes());
         for (len, is_taken) in [(4_u32, true), ((1 << 20) + 1, false)] {
