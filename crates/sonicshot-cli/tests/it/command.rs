@@ -346,6 +346,7 @@ fn words_fit_what_was_given() {
         (&["save", raw, "-o", "/dev/full"], "give a file"),
         (&["prune", raw, "-o", "/dev/full"], "give a file"),
         (&["save", raw, "-o", "/dev/full", "--force"], "a device"),
+        (&["save", raw, "-o", "/proc/none"], "give another folder"),
     ] {
         let run = sonicshot(args);
         let said = stderr(&run);

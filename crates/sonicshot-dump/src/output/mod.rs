@@ -246,9 +246,14 @@ impl Output {
             return Err(DumpError::Exists { path: path.into() });
         }
         if is_system_link(path) {
-            return Err(invalid(
-                "it is a link of the system to an open file, which a file would take the place of",
-            ));
+            return Err(invalid(match there {
+                Some(_) => {
+                    "it is a link of the system to an open file, which a file would take the place of"
+                }
+                None => {
+                    "it would be among the system's own files, where none is made: give another folder"
+                }
+            }));
         }
         // A folder, or what an open file is.
         if there.is_some_and(|there| kind_of(&there) != libc::S_IFREG) {
