@@ -597,6 +597,10 @@ fn hint_of(error: &OfflineError) -> Option<&'static str> {
             ..
         } => "the file was damaged after it was written: take another copy of it",
         OfflineError::Checkpoint {
+            source: CheckpointError::NotACheckpoint { found },
+            ..
+        } if found.is_empty() => TAKE_ANOTHER,
+        OfflineError::Checkpoint {
             source: CheckpointError::NotACheckpoint { .. },
             ..
         } => {
