@@ -2,7 +2,7 @@
 
 use crate::qmp::Lines;
 use crate::record::Record;
-use crate::{postcopy, tables};
+use crate::{hearing, tables};
 
 /// Reads what `data` has as one of the things that QEMU or a checkpoint says; the first byte says
 /// as which.
@@ -16,7 +16,7 @@ pub fn fuzz(data: &[u8]) {
         0 => drop(tables::ram_blocks(&text)),
         1 => drop(tables::placed(&text)),
         2 => drop(tables::processors(&text)),
-        3 => postcopy::fuzz(data),
+        3 => hearing::fuzz(data),
         4 => {
             if let Ok(record) = serde_json::from_slice::<Record>(data) {
                 let _ = record.check();

@@ -213,7 +213,8 @@ impl Launched {
         let _ = self.child.wait();
         self.heard();
         match ended {
-            Ok(Some(status)) => QemuError::Ended {
+            // It was ended for what cannot be read.
+            Ok(Some(status)) if !matches!(error, QemuError::Pages(_)) => QemuError::Ended {
                 status,
                 said: self.said(),
             },

@@ -16,11 +16,13 @@
 //! twice must agree.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod ahead;
 mod disks;
 mod error;
 mod find;
 mod fuzz;
 mod guard;
+mod hearing;
 mod launch;
 mod map;
 mod memory;

@@ -11,38 +11,35 @@
 //! migration and waits for ever. It asks for pages before it has loaded its devices, and hangs
 //! until it gets them. What was never sent reads as zero once the end is there, so a page that was
 //! left out costs nothing, unless it is asked for.
+//!
+//! One thread hears what QEMU asks for and sends, the others read ahead of it ([`ahead`]). What is
+//! asked for goes before all that was read ahead: it is looked for before each write, and the thread
+//! that sends reads it itself, while those that are free read what was asked for after it.
+//!
+//! [`ahead`]: crate::ahead
 
+use crate::ahead::{self, Ahead, Bell, Held, MAX_AHEAD, Next};
 use crate::error::QemuError;
+use crate::hearing::{Hearing, Request};
 use crate::pages::{self, Places};
 use crate::record::{Small, offsets};
 use crate::stream::{PAGE, Stream, device_sections};
 use crate::tables::RamBlock;
-use sonicshot::work::map_in_order;
+use sonicshot::work::{Pool, with_pool};
 use sonicshot::{GpaRange, to_usize};
 use sonicshot_serve::{Content, PageSource, ServeError};
-use std::collections::{HashMap, VecDeque};
-use std::io::{self, BufWriter, Read, Write};
+use std::collections::HashMap;
+use std::io::{self, BufWriter};
 use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
-use std::sync::{Mutex, PoisonError};
-use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The most that is on its way, in bytes: a page that is asked for waits behind it.
 const SEND_BUFFER: usize = 128 << 10;
-/// Ranges that are read ahead.
-const AHEAD: usize = 16;
-/// The most requests that wait for an answer.
-const MAX_REQUESTS: usize = 1 << 16;
-/// The longest request, in bytes: a huge page of 1 GiB.
-const MAX_REQUEST: u64 = 1 << 30;
-
-const SHUT: u16 = 1;
-const PONG: u16 = 2;
-const REQUEST_NAMED: u16 = 3;
-const REQUEST: u16 = 4;
+/// Pages that are sent with one write.
+const PAGES_A_WRITE: usize = 16;
+/// The most that these take, in bytes: of each its place, the name of its block, itself.
+const A_WRITE: usize = PAGES_A_WRITE * (8 + 256 + PAGE);
 
 const OPEN_RETURN_PATH: u16 = 1;
 const ADVISE: u16 = 3;
@@ -62,30 +59,24 @@ pub(crate) struct Server<'a> {
     pub machine: &'a str,
     /// All page sizes of QEMU's blocks, added.
     pub page_sizes: u64,
-    /// The number of threads that decompress.
+    /// The number of threads that decompress, beside the one that sends.
     pub threads: NonZeroUsize,
-}
-
-/// The pages that QEMU asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Request {
-    block: String,
-    offset: u64,
-    len: u64,
-}
-
-/// QEMU's messages so far.
-#[derive(Debug, Default)]
-struct Said {
-    requests: VecDeque<Request>,
-    /// Whether all was well, once it says so.
-    end: Option<bool>,
-    /// The reason why nothing more comes.
-    failed: Option<io::Error>,
 }
 
 fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+fn to_send(error: io::Error) -> QemuError {
+    QemuError::system("sending pages to QEMU")(error)
+}
+
+fn nowhere() -> QemuError {
+    to_send(invalid("guest memory that is in none of QEMU's blocks"))
+}
+
+fn to_hear(error: io::Error) -> QemuError {
+    QemuError::system("hearing what QEMU asks for")(error)
 }
 
 impl Server<'_> {
@@ -94,99 +85,63 @@ impl Server<'_> {
         let sending = QemuError::system("sending the guest to QEMU");
         rustix::net::sockopt::set_socket_send_buffer_size(socket, SEND_BUFFER)
             .map_err(|error| sending(error.into()))?;
-        let said = Mutex::new(Said::default());
-        let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let no_thread = QemuError::system("starting a thread");
-            let hearing = Builder::new().spawn_scoped(scope, || hear(socket, &said));
-            hearing.map_err(&no_thread)?;
-            let (ahead, pages) = sync_channel(AHEAD);
-            let reading = &over;
-            let reading =
-                Builder::new().spawn_scoped(scope, move || self.read_ahead(&ahead, reading));
-            let served = match reading {
-                Ok(_) => self.send(socket, &said, &pages),
-                Err(error) => Err(no_thread(error)),
-            };
-            over.store(true, Ordering::Relaxed);
-            // Who reads ahead must come to an end, and who listens.
-            drop(pages);
-            let _ = socket.shutdown(std::net::Shutdown::Both);
-            served
-        })
+        let bell = Bell::new().map_err(QemuError::system("eventfd"))?;
+        let served = with_pool(self.threads, &|| (), |pool| self.send(socket, pool, &bell));
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+        served
     }
 
-    /// Reads all pages that are not zero, on several threads, and hands them on in their order.
-    fn read_ahead(
-        &self,
-        to: &SyncSender<Result<(GpaRange, Vec<u8>), ServeError>>,
-        over: &AtomicBool,
-    ) {
-        /// That nobody wants more.
-        struct Over;
-        let regions = self.source.layout().regions().iter();
-        let all = regions.flat_map(|region| pages::runs(self.source, *region));
-        // Nobody hears of it where it ends.
-        let _ = map_in_order(
-            self.threads,
-            all.filter(|found| !matches!(found, Ok((_, Content::Fill(0))))),
-            || (),
-            |(), found| {
-                let found = found?;
-                let bytes = pages::bytes(self.source, &found)?;
-                Ok((found.0, bytes))
-            },
-            |read| {
-                let failed = read.is_err();
-                match over.load(Ordering::Relaxed) || to.send(read).is_err() || failed {
-                    true => Err(Over),
-                    false => Ok(()),
-                }
-            },
-        );
-    }
-
-    fn send(
-        &self,
+    fn send<'env>(
+        &'env self,
         socket: &UnixStream,
-        said: &Mutex<Said>,
-        ahead: &Receiver<Result<(GpaRange, Vec<u8>), ServeError>>,
+        pool: &Pool<'env, ()>,
+        bell: &'env Bell,
     ) -> Result<(), QemuError> {
         let sending = QemuError::system("sending the guest to QEMU");
-        let mut stream = self.head(socket).map_err(&sending)?;
+        let mut ahead = Ahead::new(pool, self.source, bell);
+        ahead.fill();
         let mut sent = Sent::new(&self.blocks);
-        // The small blocks' pages went with the head.
+        // The small blocks' pages go with the head.
         for small in self.small {
             for offset in offsets(&small.runs) {
                 sent.mark(&small.block.name, offset);
             }
         }
+        let mut out = Sending {
+            server: self,
+            socket,
+            stream: self.head(socket).map_err(&sending)?,
+            sent,
+            hearing: Hearing::default(),
+            unsent: 0,
+            pool,
+        };
         loop {
-            self.answer(said, &mut stream, &mut sent)?;
-            let next = match ahead.try_recv() {
-                Err(TryRecvError::Empty) => {
-                    stream.flush().map_err(&sending)?;
-                    match ahead.recv_timeout(Duration::from_millis(1)) {
-                        Err(RecvTimeoutError::Timeout) => continue,
-                        Err(RecvTimeoutError::Disconnected) => break,
-                        Ok(next) => next,
+            out.answer()?;
+            match ahead.next().map_err(QemuError::Pages)? {
+                Next::Ready(part) => {
+                    for (range, held) in part {
+                        out.range(range, &held)?;
                     }
                 }
-                Err(TryRecvError::Disconnected) => break,
-                Ok(next) => next,
-            };
-            let (range, bytes) = next.map_err(QemuError::Pages)?;
-            self.send_range(range, &bytes, &mut stream, &mut sent, said)?;
+                Next::Waiting => {
+                    out.flush()?;
+                    // Once it has said its last there is nothing to be heard.
+                    let other = out.hearing.end.is_none().then_some(socket);
+                    bell.wait(other);
+                }
+                Next::End => break,
+            }
         }
-        self.answer(said, &mut stream, &mut sent)?;
-        stream.end_pages().map_err(&sending)?;
-        stream.end_of_postcopy().map_err(&sending)?;
-        wait_for_end(said, &sent)
+        out.answer()?;
+        out.stream.end_pages().map_err(&sending)?;
+        out.stream.end_of_postcopy().map_err(&sending)?;
+        out.wait_for_end()
     }
 
     /// All that goes before the pages that are asked for.
     fn head<'s>(&self, socket: &'s UnixStream) -> io::Result<Stream<BufWriter<&'s UnixStream>>> {
-        let out = BufWriter::with_capacity(SEND_BUFFER / 2, socket);
+        let out = BufWriter::with_capacity(A_WRITE, socket);
         let mut stream = Stream::begin(out, self.machine)?;
         stream.command(OPEN_RETURN_PATH, &[])?;
         let sizes = [self.page_sizes.to_be_bytes(), 4096_u64.to_be_bytes()];
@@ -222,243 +177,225 @@ impl Server<'_> {
         stream.flush()?;
         Ok(stream)
     }
+}
+
+/// The way to a QEMU that has been told to run the guest.
+struct Sending<'s, 'p, 'env> {
+    server: &'env Server<'env>,
+    socket: &'s UnixStream,
+    stream: Stream<BufWriter<&'s UnixStream>>,
+    sent: Sent,
+    hearing: Hearing,
+    /// The number of pages that were not written yet.
+    unsent: usize,
+    pool: &'p Pool<'env, ()>,
+}
+
+impl Sending<'_, '_, '_> {
+    fn flush(&mut self) -> Result<(), QemuError> {
+        self.unsent = 0;
+        self.stream.flush().map_err(to_send)
+    }
 
     /// Sends a range that was read ahead, host page by host page, as far as it was not sent.
-    fn send_range(
-        &self,
-        range: GpaRange,
-        bytes: &[u8],
-        stream: &mut Stream<impl Write>,
-        sent: &mut Sent,
-        said: &Mutex<Said>,
-    ) -> Result<(), QemuError> {
-        let sending = QemuError::system("sending pages to QEMU");
-        let (mut range, mut rest) = (range, bytes);
-        while !range.is_empty() {
-            let nowhere = || sending(invalid("guest memory that is in none of QEMU's blocks"));
-            let (part, name, offset) = self.places.of(&range).ok_or_else(nowhere)?;
-            let len = usize::try_from(part.len()).map_err(|_| nowhere())?;
-            let (now, later) = rest.split_at_checked(len).ok_or_else(nowhere)?;
-            let whole = sent.page_size(name).ok_or_else(nowhere)?;
-            if whole == 4096 {
-                for (number, page) in (0_u64..).zip(now.chunks(PAGE)) {
-                    let inside = number.checked_mul(4096);
-                    let at = inside.and_then(|inside| offset.checked_add(inside));
-                    let at = at.ok_or_else(nowhere)?;
-                    if sent.mark(name, at) {
-                        stream.page(name, at, page).map_err(&sending)?;
-                    }
-                }
-            } else {
-                let end = offset.checked_add(part.len()).ok_or_else(nowhere)?;
-                let mut at = begin_of(offset, whole).ok_or_else(nowhere)?;
-                while at < end {
-                    self.send_whole(name, at, whole, stream, sent)?;
+    fn range(&mut self, range: GpaRange, held: &Held) -> Result<(), QemuError> {
+        let places = self.server.places;
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (part, name, offset) = places.of(&rest).ok_or_else(nowhere)?;
+            let whole = self.sent.page_size(name).ok_or_else(nowhere)?;
+            let end = offset.checked_add(part.len()).ok_or_else(nowhere)?;
+            let mut at = begin_of(offset, whole).ok_or_else(nowhere)?;
+            while at < end {
+                if whole == 4096 {
+                    let inside = part.start().offset_from(range.start());
+                    let inside =
+                        inside.and_then(|inside| inside.checked_add(at.checked_sub(offset)?));
+                    let inside = inside.and_then(|inside| usize::try_from(inside).ok());
+                    let page = inside.and_then(|inside| held.page(inside));
+                    self.page(name, at, page.ok_or_else(nowhere)?)?;
+                } else {
+                    self.whole(name, at, whole)?;
                     // One of them is as much as many answers.
-                    self.answer(said, stream, sent)?;
-                    at = at.checked_add(whole).ok_or_else(nowhere)?;
+                    self.flush()?;
+                    self.answer()?;
                 }
+                at = at.checked_add(whole).ok_or_else(nowhere)?;
             }
-            range = GpaRange::new(part.end(), range.end());
-            rest = later;
+            rest = GpaRange::new(part.end(), rest.end());
         }
         Ok(())
     }
 
-    /// Answers all that was asked for.
-    fn answer(
-        &self,
-        said: &Mutex<Said>,
-        stream: &mut Stream<impl Write>,
-        sent: &mut Sent,
-    ) -> Result<(), QemuError> {
-        let listening = QemuError::system("hearing what QEMU asks for");
-        let mut any = false;
-        loop {
-            let request = {
-                let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(error) = said.failed.take() {
-                    return Err(listening(error));
-                }
-                if said.end == Some(false) {
-                    return Err(listening(invalid(
-                        "QEMU says that the migration has failed",
-                    )));
-                }
-                said.requests.pop_front()
-            };
-            let Some(request) = request else { break };
-            let whole = sent.page_size(&request.block);
-            let whole = whole.ok_or_else(|| listening(invalid("a page of no block")))?;
-            let end = request.offset.checked_add(request.len);
-            let end = end.ok_or_else(|| listening(invalid("a page beyond 64 bits")))?;
-            let at = begin_of(request.offset, whole);
-            let mut at = at.ok_or_else(|| listening(invalid("a page of no bytes")))?;
-            while at < end {
-                self.send_whole(&request.block, at, whole, stream, sent)?;
-                let next = at.checked_add(whole);
-                at = next.ok_or_else(|| listening(invalid("a page beyond 64 bits")))?;
-            }
-            any = true;
+    /// Sends a page of 4 KiB that was read ahead, if it was not sent. What QEMU asks for is heard
+    /// before the next write.
+    fn page(&mut self, block: &str, at: u64, page: &[u8]) -> Result<(), QemuError> {
+        if !self.sent.mark(block, at) {
+            return Ok(());
         }
-        if any {
-            stream
-                .flush()
-                .map_err(QemuError::system("sending pages to QEMU"))?;
+        self.stream.page(block, at, page).map_err(to_send)?;
+        self.unsent = self.unsent.checked_add(1).ok_or_else(nowhere)?;
+        if self.unsent < PAGES_A_WRITE {
+            return Ok(());
+        }
+        self.flush()?;
+        self.answer()
+    }
+
+    /// Answers all that was asked for.
+    fn answer(&mut self) -> Result<(), QemuError> {
+        self.hearing.hear(self.socket).map_err(to_hear)?;
+        if self.hearing.end == Some(false) {
+            let failed = invalid("QEMU says that the migration has failed");
+            return Err(to_hear(failed));
+        }
+        for later in self
+            .hearing
+            .requests
+            .iter()
+            .skip(1)
+            .take(self.pool.threads())
+        {
+            self.urge(later);
+        }
+        while let Some(request) = self.hearing.requests.pop_front() {
+            self.request(&request)?;
+            // What was asked for is not kept back for what was asked for later.
+            self.flush()?;
+            if let Some(later) = self.hearing.requests.get(self.pool.threads()) {
+                self.urge(later);
+            }
+        }
+        Ok(())
+    }
+
+    fn request(&mut self, request: &Request) -> Result<(), QemuError> {
+        let whole = self.sent.page_size(&request.block);
+        let whole = whole.ok_or_else(|| to_hear(invalid("a page of no block")))?;
+        let beyond = || to_hear(invalid("a page beyond 64 bits"));
+        let end = request.offset.checked_add(request.len);
+        let end = end.ok_or_else(beyond)?;
+        let at = begin_of(request.offset, whole);
+        let mut at = at.ok_or_else(|| to_hear(invalid("a page of no bytes")))?;
+        while at < end {
+            self.whole(&request.block, at, whole)?;
+            at = at.checked_add(whole).ok_or_else(beyond)?;
         }
         Ok(())
     }
 
     /// Sends a page of QEMU's, all of it, if it was not sent.
-    fn send_whole(
-        &self,
-        block: &str,
-        at: u64,
-        whole: u64,
-        stream: &mut Stream<impl Write>,
-        sent: &mut Sent,
-    ) -> Result<(), QemuError> {
-        let sending = QemuError::system("sending pages to QEMU");
-        if !sent.has_room(block, at, whole) {
-            return Err(sending(invalid("QEMU asks for a page beyond its block")));
+    fn whole(&mut self, block: &str, at: u64, whole: u64) -> Result<(), QemuError> {
+        if !self.sent.has_room(block, at, whole) {
+            return Err(to_send(invalid("QEMU asks for a page beyond its block")));
         }
-        if !sent.mark(block, at) {
+        if !self.sent.mark(block, at) {
             return Ok(());
         }
+        if whole > 4096 {
+            self.urge_all(block, at, whole);
+        }
+        let server = self.server;
         for small in (0..whole).step_by(PAGE) {
             let offset = at.checked_add(small);
-            let offset = offset.ok_or_else(|| sending(invalid("a page beyond 64 bits")))?;
+            let offset = offset.ok_or_else(|| to_send(invalid("a page beyond 64 bits")))?;
             // What is in no place of the guest is a small block's, and was zero.
-            let bytes = match self.places.gpa_of(block, offset, 4096) {
-                Some(range) => self.bytes_of(range).map_err(QemuError::Pages)?,
+            let page = match server.places.gpa_of(block, offset, 4096) {
+                Some(range) => server.read(range).map_err(QemuError::Pages)?,
                 None => None,
             };
-            match bytes {
-                Some(bytes) => stream.page(block, offset, &bytes).map_err(&sending)?,
-                None => stream.zero_page(block, offset).map_err(&sending)?,
+            let page = page.as_ref().map(|held| held.page(0).ok_or_else(nowhere));
+            match page.transpose()? {
+                Some(page) => self.stream.page(block, offset, page),
+                None => self.stream.zero_page(block, offset),
             }
+            .map_err(to_send)?;
         }
         Ok(())
     }
 
-    /// The bytes of a page; `None` if it is zero.
-    fn bytes_of(&self, range: GpaRange) -> Result<Option<Vec<u8>>, ServeError> {
-        let run = self.source.run_at(range.start())?;
-        match run.content {
-            Content::Fill(0) => Ok(None),
-            content => pages::bytes(self.source, &(range, content)).map(Some),
+    /// Has a thread that is free read what is asked for.
+    fn urge(&self, asked: &Request) {
+        if let Some(whole) = self.sent.page_size(&asked.block)
+            && let Some(at) = begin_of(asked.offset, whole)
+            && !self.sent.is_sent(&asked.block, at)
+        {
+            self.urge_at(&asked.block, at);
         }
     }
-}
 
-/// Waits until QEMU says that all was well.
-fn wait_for_end(said: &Mutex<Said>, sent: &Sent) -> Result<(), QemuError> {
-    const EVERY: Duration = Duration::from_millis(2);
-    const PATIENCE: u32 = 30_000;
-    let listening = QemuError::system("hearing what QEMU says at the end");
-    for _ in 0..PATIENCE {
+    /// Has the chunks of a page of QEMU's read on several threads, but for the first.
+    fn urge_all(&self, block: &str, at: u64, whole: u64) {
+        let server = self.server;
+        if self.pool.threads() > 0
+            && let Some(range) = server.places.gpa_of(block, at, whole)
         {
-            let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-            match (said.end, said.failed.take()) {
+            let runs = pages::runs(server.source, range).map_while(Result::ok);
+            let runs = runs.filter(|found| found.1 == Content::Bytes);
+            let runs: Vec<_> = runs.skip(1).take(MAX_AHEAD).collect();
+            // The last that is handed over is the first.
+            for (range, _) in runs.into_iter().rev() {
+                self.read_first(range);
+            }
+        }
+    }
+
+    fn urge_at(&self, block: &str, at: u64) {
+        let server = self.server;
+        if let Some(range) = server.places.gpa_of(block, at, 4096)
+            && let Ok(run) = server.source.run_at(range.start())
+            && run.content == Content::Bytes
+        {
+            self.read_first(range);
+        }
+    }
+
+    /// Has a range read for the source to keep it. What is wrong with it is told when it is sent.
+    fn read_first(&self, range: GpaRange) {
+        let source = self.server.source;
+        if self.pool.threads() > 0 {
+            drop(self.pool.submit_first(move |()| {
+                let _ = source.read(range, &mut Vec::new());
+            }));
+        }
+    }
+
+    /// Waits until QEMU says that all was well.
+    fn wait_for_end(&mut self) -> Result<(), QemuError> {
+        const PATIENCE: Duration = Duration::from_secs(60);
+        let listening = QemuError::system("hearing what QEMU says at the end");
+        let began = Instant::now();
+        loop {
+            self.hearing.hear(self.socket).map_err(&listening)?;
+            let mut asked = self.hearing.requests.iter();
+            match self.hearing.end {
                 // What it asked for last it was sent all the same, if there is such a page.
-                (Some(true), _) if said.requests.iter().all(|asked| sent.knows(asked)) => {
-                    return Ok(());
-                }
-                (Some(true), _) => {
+                Some(true) if asked.all(|asked| self.sent.knows(asked)) => return Ok(()),
+                Some(true) => {
                     return Err(listening(invalid("QEMU asks for a page that it has not")));
                 }
-                (Some(false), _) => {
+                Some(false) => {
                     return Err(listening(invalid(
                         "QEMU says that the migration has failed",
                     )));
                 }
-                (None, Some(error)) => return Err(listening(error)),
-                (None, None) => {}
+                None => {}
             }
-        }
-        std::thread::sleep(EVERY);
-    }
-    Err(listening(io::ErrorKind::TimedOut.into()))
-}
-
-/// Hears all that QEMU says.
-fn hear(mut socket: &UnixStream, said: &Mutex<Said>) {
-    let mut last = None;
-    loop {
-        let heard = message(&mut socket, &mut last);
-        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-        match heard {
-            Ok(Heard::Request(request)) if said.requests.len() < MAX_REQUESTS => {
-                said.requests.push_back(request);
-            }
-            Ok(Heard::Request(_)) => {
-                said.failed = Some(invalid("QEMU asks for more pages than it can wait for"));
-                return;
-            }
-            Ok(Heard::End(well)) => {
-                said.end = Some(well);
-                return;
-            }
-            Ok(Heard::Nothing) => {}
-            Err(error) => {
-                said.failed = Some(error);
-                return;
-            }
+            let left = PATIENCE.checked_sub(began.elapsed());
+            let left = left.ok_or_else(|| listening(io::ErrorKind::TimedOut.into()))?;
+            ahead::wait_for(self.socket, left);
         }
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Heard {
-    Request(Request),
-    End(bool),
-    Nothing,
-}
-
-/// The next message; `last` is the block of the last request.
-fn message(from: &mut impl Read, last: &mut Option<String>) -> io::Result<Heard> {
-    let kind = number::<2>(from)?;
-    let len = number::<2>(from)?;
-    let mut body = vec![0; usize::from(u16::from_be_bytes(len))];
-    from.read_exact(&mut body)?;
-    let mut body = body.as_slice();
-    match u16::from_be_bytes(kind) {
-        SHUT => Ok(Heard::End(number::<4>(&mut body)? == [0; 4])),
-        PONG => Ok(Heard::Nothing),
-        kind @ (REQUEST_NAMED | REQUEST) => {
-            let offset = u64::from_be_bytes(number(&mut body)?);
-            let len = u64::from(u32::from_be_bytes(number(&mut body)?));
-            if kind == REQUEST_NAMED {
-                let [name_len] = number::<1>(&mut body)?;
-                let name = body.get(..usize::from(name_len));
-                let name = name.and_then(|name| str::from_utf8(name).ok());
-                *last = Some(
-                    name.ok_or_else(|| invalid("a block's name that is none"))?
-                        .into(),
-                );
-            }
-            let block = last
-                .clone()
-                .ok_or_else(|| invalid("a page of a block without a name"))?;
-            if len == 0 || len > MAX_REQUEST {
-                return Err(invalid("a request of an invalid length"));
-            }
-            Ok(Heard::Request(Request { block, offset, len }))
+impl Server<'_> {
+    /// The bytes of a page; `None` if it is zero.
+    fn read(&self, range: GpaRange) -> Result<Option<Held>, ServeError> {
+        match self.source.run_at(range.start())?.content {
+            Content::Fill(0) => Ok(None),
+            content => ahead::hold(self.source, &(range, content)).map(Some),
         }
-        _ => Err(invalid("a message of QEMU's that is not known")),
     }
-}
-
-fn number<const N: usize>(from: &mut impl Read) -> io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    from.read_exact(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// Reads all messages that are in `data`.
-pub(crate) fn fuzz(mut data: &[u8]) {
-    let mut last = None;
-    while !data.is_empty() && message(&mut data, &mut last).is_ok() {}
 }
 
 /// The start of the page of `len` bytes that holds `at`.
@@ -476,6 +413,14 @@ struct SentBlock {
     used: u64,
     /// A bit for each of its pages.
     bits: Vec<u64>,
+}
+
+impl SentBlock {
+    /// The word and the bit of the page at `at`.
+    fn place(&self, at: u64) -> Option<(usize, u64)> {
+        let page = at.checked_div(self.page_size)?;
+        Some((usize::try_from(page / 64).ok()?, 1 << (page % 64)))
+    }
 }
 
 impl Sent {
@@ -510,19 +455,27 @@ impl Sent {
         end.zip(used).is_some_and(|(end, used)| end <= used)
     }
 
+    /// Whether the page at `at` was sent.
+    fn is_sent(&self, block: &str, at: u64) -> bool {
+        let block = self.blocks.get(block);
+        let word = block.and_then(|block| {
+            let (word, bit) = block.place(at)?;
+            Some(block.bits.get(word)? & bit != 0)
+        });
+        word == Some(true)
+    }
+
     /// Notes that the page at `at` is sent; whether it was not before.
     fn mark(&mut self, block: &str, at: u64) -> bool {
         let Some(block) = self.blocks.get_mut(block) else {
             return false;
         };
-        let Some(page) = at.checked_div(block.page_size) else {
+        let Some((word, bit)) = block.place(at) else {
             return false;
         };
-        let word = usize::try_from(page / 64).ok();
-        let Some(word) = word.and_then(|word| block.bits.get_mut(word)) else {
+        let Some(word) = block.bits.get_mut(word) else {
             return false;
         };
-        let bit = 1 << (page % 64);
         let new = *word & bit == 0;
         *word |= bit;
         new
@@ -531,95 +484,35 @@ impl Sent {
 
 #[cfg(test)]
 mod tests {
-    use super::{Heard, MAX_REQUEST, MAX_REQUESTS, Request, Said, Sent, Server, hear, message};
+    use super::{Sent, Server};
+    use crate::ahead::{MAX_AHEAD, parts};
+    use crate::error::QemuError;
     use crate::find::Piece;
+    use crate::hearing::tests::{request, said};
     use crate::pages::Places;
+    use crate::restore::at_once;
     use crate::tables::RamBlock;
-    use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter, SaveOptions};
-    use sonicshot::{
-        DropClasses, Fill, Gpa, GuestBytes, GuestMemory, MappedRegions, PageMap, PageSize,
-        PrunePlan,
-    };
-    use sonicshot_serve::CheckpointSource;
+    use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter};
+    use sonicshot::checkpoint::{Compression, SaveOptions};
+    use sonicshot::work::with_pool;
+    use sonicshot::{DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions};
+    use sonicshot::{PageMap, PageSize, PrunePlan, RamLayout};
+    use sonicshot_serve::{CheckpointSource, PageSource, Piece as Bytes, Run, ServeError};
+    use std::fs;
     use std::io::{Read, Write};
     use std::num::NonZeroUsize;
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
-    use std::sync::{Arc, Mutex};
+    use std::process::Command;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex, Weak};
+    use std::thread::{Builder, current};
+    use std::time::{Duration, Instant};
 
-    fn said(kind: u16, body: &[u8]) -> Vec<u8> {
-        let mut out = kind.to_be_bytes().to_vec();
-        out.extend(u16::try_from(body.len()).unwrap().to_be_bytes());
-        out.extend(body);
-        out
-    }
+    const PAGE: usize = 4096;
+    const CODECS: [Compression; 3] = [Compression::None, Compression::Lz4, Compression::ZSTD];
 
-    fn request(name: Option<&str>, offset: u64, len: u32) -> Vec<u8> {
-        let mut body = offset.to_be_bytes().to_vec();
-        body.extend(len.to_be_bytes());
-        if let Some(name) = name {
-            body.push(u8::try_from(name.len()).unwrap());
-            body.extend(name.as_bytes());
-        }
-        said(if name.is_some() { 3 } else { 4 }, &body)
-    }
-
-    #[test]
-    fn what_qemu_says_is_read_or_refused() {
-        let mut all = request(Some("ram0"), 0x5000, 4096);
-        all.extend(request(None, 0x7000, 4096));
-        all.extend(said(2, &[0; 4]));
-        all.extend(said(1, &[0; 4]));
-        let (mut from, mut last) = (all.as_slice(), None);
-        let one = |offset| {
-            let block = "ram0".into();
-            Heard::Request(Request {
-                block,
-                offset,
-                len: 4096,
-            })
-        };
-        for expected in [one(0x5000), one(0x7000), Heard::Nothing, Heard::End(true)] {
-            assert_eq!(message(&mut from, &mut last).unwrap(), expected);
-        }
-        let long = u32::try_from(MAX_REQUEST).unwrap();
-        assert!(message(&mut request(Some("x"), 0, long).as_slice(), &mut None).is_ok());
-        for wrong in [
-            request(None, 0, 4096),
-            request(Some("x"), 0, 0),
-            request(Some("x"), 0, long + 1),
-            said(3, &[0; 12]),
-            said(3, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 9, b'x']),
-            said(77, &[]),
-            said(1, &[]),
-            vec![0, 1, 0],
-        ] {
-            assert!(
-                message(&mut wrong.as_slice(), &mut None).is_err(),
-                "{wrong:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn who_asks_without_end_is_refused() {
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let heard = Mutex::new(Said::default());
-        std::thread::scope(|scope| {
-            let heard = &heard;
-            scope.spawn(move || hear(&theirs, heard));
-            for number in 0..=MAX_REQUESTS as u64 {
-                if ours
-                    .write_all(&request(Some("x"), number << 12, 4096))
-                    .is_err()
-                {
-                    break;
-                }
-            }
-        });
-        let heard = heard.into_inner().unwrap();
-        assert_eq!(heard.requests.len(), MAX_REQUESTS);
-        assert!(heard.failed.is_some());
-    }
+    type Source = CheckpointSource<Vec<u8>>;
 
     #[test]
     fn a_page_is_sent_once() {
@@ -631,7 +524,9 @@ mod tests {
             address: None,
         };
         let mut sent = Sent::new(&[&block]);
+        assert!(!sent.is_sent("x", 0));
         assert!(sent.mark("x", 0));
+        assert!(sent.is_sent("x", 4096) && !sent.is_sent("x", 2 << 20));
         assert!(!sent.mark("x", 4096), "of the same huge page");
         assert!(sent.mark("x", 2 << 20));
         assert!(!sent.mark("y", 0));
@@ -640,66 +535,529 @@ mod tests {
         assert!(!sent.has_room("x", u64::MAX, 2));
     }
 
-    /// All that comes of a guest of 64 pages, of which every other is zero, to a QEMU that asks for
-    /// these, and says at the end that all was well or not.
-    fn served(requests: &[Vec<u8>], end: u8) -> (Vec<u8>, Result<(), String>) {
-        let mut ram = vec![0; 64 * 4096];
-        for page in (0..64).step_by(2) {
-            ram[page * 4096..(page + 1) * 4096].fill(u8::try_from(page + 1).unwrap());
+    /// Pages that no other is like.
+    fn ram(pages: usize) -> Vec<u8> {
+        let mut seed = 7_u64;
+        let words = (0..pages * PAGE / 8).map(|at| {
+            seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            // Half of it compresses.
+            if at % 2 == 0 { seed } else { 1 }
+        });
+        words.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// Every other page is zero, and some are one word over and over.
+    fn sparse(pages: usize) -> Vec<u8> {
+        let mut ram = ram(pages);
+        for (number, page) in ram.chunks_mut(PAGE).enumerate() {
+            match number {
+                100..200 => page.fill(0xaa),
+                _ if number % 2 == 1 => page.fill(0),
+                _ => {}
+            }
         }
-        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
+        ram
+    }
+
+    fn saved(ram: &[u8], compression: Compression, chunk: u32) -> Vec<u8> {
+        let memory = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram))]).unwrap();
         let map = PageMap::new(memory.layout(), PageSize::SIZE_4K);
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
         let info = CheckpointInfo::new(memory.layout().clone(), PageSize::SIZE_4K);
-        let file = tempfile::tempfile().unwrap();
-        let out = file.try_clone().unwrap();
-        let mut writer = CheckpointWriter::new(out, info, SaveOptions::default()).unwrap();
+        let options = SaveOptions::new(compression).chunk_size(chunk);
+        let mut writer = CheckpointWriter::new(Vec::new(), info, options).unwrap();
         writer.memory(&memory, &map, &plan).unwrap();
-        writer.finish().unwrap();
-        let reader = CheckpointReader::new(file).unwrap();
-        let source = CheckpointSource::new(reader, 0, Arc::default());
+        writer.finish().unwrap().0
+    }
+
+    fn source(checkpoint: Vec<u8>, cache: u64) -> Source {
+        let reader = CheckpointReader::new(checkpoint).unwrap();
+        CheckpointSource::new(reader, cache, Arc::default())
+    }
+
+    fn threads(count: usize) -> NonZeroUsize {
+        NonZeroUsize::new(count).unwrap()
+    }
+
+    /// Serves a guest to the QEMU at the other end, with pages of `page_size`.
+    fn serve_on(
+        ours: &UnixStream,
+        source: &dyn PageSource,
+        page_size: u64,
+        count: usize,
+    ) -> Result<(), QemuError> {
+        let len = source.layout().regions().iter().map(GpaRange::len).sum();
         let block = RamBlock {
             name: "ram0".into(),
-            page_size: 4096,
-            used: 64 * 4096,
-            total: 64 * 4096,
+            page_size,
+            used: len,
+            total: len,
             address: None,
         };
         let mut places = Places::default();
         let piece = Piece {
             offset: 0,
             gpa: 0,
-            len: block.used,
+            len,
         };
         places.add("ram0", &[piece]).unwrap();
         let server = Server {
-            source: &source,
+            source,
             places: &places,
             blocks: vec![&block],
             small: &[],
             devices: b"QEVM\0\0\0\x03\x04DEVICES\0",
             machine: "pc",
-            page_sizes: 4096,
-            threads: NonZeroUsize::new(3).unwrap(),
+            page_sizes: page_size,
+            threads: threads(count),
         };
+        server.serve(ours)
+    }
+
+    /// The same to a QEMU that is `peer`.
+    fn serve<R: Send>(
+        source: &dyn PageSource,
+        page_size: u64,
+        count: usize,
+        peer: impl FnOnce(UnixStream) -> R + Send,
+    ) -> (R, Result<(), QemuError>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut asking = theirs.try_clone().unwrap();
         std::thread::scope(|scope| {
-            let reading = scope.spawn(move || {
-                let mut got = Vec::new();
-                let _ = (&theirs).read_to_end(&mut got);
+            let peer = scope.spawn(move || peer(theirs));
+            let result = serve_on(&ours, source, page_size, count);
+            drop(ours);
+            (peer.join().unwrap(), result)
+        })
+    }
+
+    /// QEMU's end: takes page by page.
+    struct Peer(UnixStream);
+
+    impl Peer {
+        /// Takes all that comes before the pages.
+        fn new(socket: UnixStream) -> Self {
+            let mut peer = Self(socket);
+            let mut head = Vec::new();
+            while !head.ends_with(b"\x08\0\x05\0\0\x03\x7f\xff\0\0") {
+                let [byte] = peer.take::<1>().unwrap();
+                head.push(byte);
+            }
+            peer
+        }
+
+        fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+            let mut bytes = [0; N];
+            self.0.read_exact(&mut bytes).ok()?;
+            Some(bytes)
+        }
+
+        /// The next page's number, and what it holds if that is not zero; `None` at the end, or if no
+        /// more comes.
+        fn page(&mut self) -> Option<(usize, Option<Vec<u8>>)> {
+            let place = u64::from_be_bytes(self.take()?);
+            if place & 0x10 != 0 {
+                return None;
+            }
+            if place & 0x20 == 0 {
+                let [len] = self.take::<1>()?;
+                self.0.read_exact(&mut vec![0; usize::from(len)]).ok()?;
+            }
+            let number = usize::try_from(place >> 12).unwrap();
+            if place & 0x02 != 0 {
+                assert_eq!(self.take(), Some([0]));
+                return Some((number, None));
+            }
+            Some((number, Some(self.take::<PAGE>()?.to_vec())))
+        }
+
+        /// All pages that are left; QEMU says that all was well.
+        fn rest(&mut self) -> Vec<(usize, Option<Vec<u8>>)> {
+            let all = std::iter::from_fn(|| self.page()).collect();
+            let _ = self.0.write_all(&said(1, &[0; 4]));
+            all
+        }
+
+        fn ask(&mut self, pages: &[usize]) {
+            let all = pages.iter().map(|page| (*page as u64) << 12);
+            let all: Vec<u8> = all.flat_map(|at| request(Some("ram0"), at, 4096)).collect();
+            self.0.write_all(&all).unwrap();
+        }
+    }
+
+    /// Each page of `ram` that is not zero came once, and none that is.
+    fn check_pages(ram: &[u8], mut got: Vec<(usize, Option<Vec<u8>>)>) {
+        got.sort();
+        let all = ram.chunks(PAGE).map(<[u8]>::to_vec).enumerate();
+        let all = all.filter(|(_, page)| page.iter().any(|byte| *byte != 0));
+        let all: Vec<_> = all.map(|(number, page)| (number, Some(page))).collect();
+        assert!(got == all, "{} of {} pages", got.len(), all.len());
+    }
+
+    #[test]
+    fn the_pages_are_the_same_with_any_number_of_threads() {
+        let ram = sparse(1024);
+        for codec in CODECS {
+            let checkpoint = saved(&ram, codec, 64 << 10);
+            for cache in [0, 64 << 20] {
+                let source = source(checkpoint.clone(), cache);
+                for count in [1, 2, 8] {
+                    let peer = |socket| Peer::new(socket).rest();
+                    let (got, result) = serve(&source, 4096, count, peer);
+                    result.unwrap();
+                    assert!(got.is_sorted(), "{codec:?}, {count} threads");
+                    check_pages(&ram, got);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn huge_pages_come_whole() {
+        let ram = sparse(2048);
+        let source = source(saved(&ram, Compression::ZSTD, 64 << 10), 64 << 20);
+        for count in [1, 2, 8] {
+            let (got, result) = serve(&source, 2 << 20, count, |socket| {
+                let mut peer = Peer::new(socket);
+                peer.ask(&[512 * 3 + 7]);
+                peer.rest()
+            });
+            result.unwrap();
+            for (number, (page, _)) in got.iter().enumerate() {
+                // All of one before the next.
+                let first = got[number / 512 * 512].0;
+                assert_eq!((first % 512, *page), (0, first + number % 512));
+            }
+            let not_zero = got.into_iter().filter(|(_, page)| page.is_some());
+            check_pages(&ram, not_zero.collect());
+        }
+    }
+
+    #[test]
+    fn all_of_a_chunk_is_read_by_one_thread() {
+        let mut ram = ram(1024);
+        for page in ram.chunks_mut(PAGE).step_by(2) {
+            page.fill(0);
+        }
+        let source = source(saved(&ram, Compression::Lz4, 64 << 10), 0);
+        assert_eq!(source.reader().chunk_count(), 32);
+        let parts: Vec<_> = parts(&source).map(Result::unwrap).collect();
+        assert_eq!(parts.len(), 32);
+        assert!(parts.iter().all(|part| part.len() == 16));
+    }
+
+    /// A source that is looked at while it is read.
+    struct Watched<'s> {
+        inner: &'s Source,
+        before: &'s (dyn Fn(GpaRange) + Sync),
+        after: &'s (dyn Fn(&Bytes<'_>) + Sync),
+    }
+
+    impl PageSource for Watched<'_> {
+        fn layout(&self) -> &RamLayout {
+            self.inner.layout()
+        }
+
+        fn run_at(&self, at: Gpa) -> Result<Run, ServeError> {
+            self.inner.run_at(at)
+        }
+
+        fn read<'b>(
+            &self,
+            range: GpaRange,
+            buffer: &'b mut Vec<u8>,
+        ) -> Result<Bytes<'b>, ServeError> {
+            (self.before)(range);
+            let piece = self.inner.read(range, buffer)?;
+            (self.after)(&piece);
+            Ok(piece)
+        }
+
+        fn block_at(&self, at: Gpa) -> Option<u64> {
+            self.inner.block_at(at)
+        }
+
+        fn by_need(&self) -> Arc<[GpaRange]> {
+            self.inner.by_need()
+        }
+    }
+
+    fn wait_until(mut is: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !is() {
+            assert!(began.elapsed() < Duration::from_secs(20), "it never is");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    fn is_page(range: GpaRange, page: usize) -> bool {
+        range == GpaRange::with_len(Gpa::new((page as u64) << 12), 4096).unwrap()
+    }
+
+    #[test]
+    fn what_is_asked_for_goes_before_what_was_read_ahead() {
+        /// All that may be on its way: the system's buffer, of twice what it was told, and two writes.
+        const ON_ITS_WAY: usize = 2 * super::SEND_BUFFER / PAGE + 2 * super::PAGES_A_WRITE;
+        let ram = ram(4096);
+        // As much as a chunk may have that is not 16 pages: it is sent as soon.
+        let source = source(saved(&ram, Compression::Lz4, 4 << 20), 64 << 20);
+        for count in [1, 2, 8] {
+            let (got, result) = serve(&source, 4096, count, |socket| {
+                let mut peer = Peer::new(socket);
+                let mut got: Vec<_> = (0..10).map(|_| peer.page().unwrap()).collect();
+                for asked in [4000, 3000, 4095] {
+                    peer.ask(&[asked]);
+                    let before = got.len();
+                    while got.last().unwrap().0 != asked {
+                        got.push(peer.page().unwrap());
+                    }
+                    let behind = got.len() - before;
+                    assert!(behind <= ON_ITS_WAY, "{behind} pages, {count} threads");
+                }
+                got.extend(peer.rest());
                 got
             });
-            for request in requests {
-                asking.write_all(request).unwrap();
-            }
-            asking.write_all(&said(1, &[0, 0, 0, end])).unwrap();
-            let result = server.serve(&ours).map_err(|error| {
-                std::error::Error::source(&error).map_or(String::new(), ToString::to_string)
+            result.unwrap();
+            check_pages(&ram, got);
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_waits_for_nothing_that_is_read_ahead() {
+        let ram = ram(1024);
+        let inner = source(saved(&ram, Compression::ZSTD, 64 << 10), 64 << 20);
+        for count in [1, 2, 8] {
+            let open = AtomicBool::new(false);
+            let source = Watched {
+                inner: &inner,
+                before: &|range| {
+                    // What is read ahead takes for ever.
+                    if !is_page(range, 900) && !is_page(range, 100) {
+                        wait_until(|| open.load(Ordering::SeqCst));
+                    }
+                },
+                after: &|_| {},
+            };
+            let (got, result) = serve(&source, 4096, count, |socket| {
+                let mut peer = Peer::new(socket);
+                peer.ask(&[900]);
+                let mut got = vec![peer.page().unwrap()];
+                peer.ask(&[100]);
+                got.push(peer.page().unwrap());
+                open.store(true, Ordering::SeqCst);
+                assert_eq!((got[0].0, got[1].0), (900, 100));
+                got.extend(peer.rest());
+                got
             });
+            result.unwrap();
+            check_pages(&ram, got);
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_read_by_whoever_is_free() {
+        let ram = ram(4096);
+        let inner = source(saved(&ram, Compression::ZSTD, 64 << 10), 64 << 20);
+        let begun = AtomicBool::new(false);
+        let source = Watched {
+            inner: &inner,
+            before: &|range| {
+                // The first of them comes only after another thread has begun with the second.
+                if is_page(range, 4000) {
+                    wait_until(|| begun.load(Ordering::SeqCst));
+                }
+                begun.fetch_or(is_page(range, 3000), Ordering::SeqCst);
+            },
+            after: &|_| {},
+        };
+        let (got, result) = serve(&source, 4096, 2, |socket| {
+            let mut peer = Peer::new(socket);
+            peer.ask(&[4000, 3000]);
+            peer.rest()
+        });
+        result.unwrap();
+        let at = |page| got.iter().position(|(number, _)| *number == page);
+        assert!(at(4000) < at(3000));
+        check_pages(&ram, got);
+    }
+
+    #[test]
+    fn no_more_chunks_are_held_than_a_bound() {
+        let ram = ram(4096);
+        let inner = source(saved(&ram, Compression::Lz4, 64 << 10), 0);
+        for count in [1, 2, 8] {
+            let held: Mutex<Vec<Weak<[u8]>>> = Mutex::default();
+            let alive = || {
+                let mut held = held.lock().unwrap();
+                held.retain(|chunk| chunk.strong_count() > 0);
+                held.len()
+            };
+            let most = AtomicUsize::new(0);
+            let source = Watched {
+                inner: &inner,
+                before: &|_| {},
+                after: &|piece| {
+                    let Bytes::Shared { block, .. } = piece else {
+                        panic!("it is compressed");
+                    };
+                    held.lock().unwrap().push(Arc::downgrade(block));
+                    most.fetch_max(alive(), Ordering::SeqCst);
+                },
+            };
+            let (got, result) = serve(&source, 4096, count, |socket| {
+                let mut peer = Peer::new(socket);
+                // Nothing is taken, so all is read that may be.
+                wait_until(|| alive() >= MAX_AHEAD);
+                std::thread::sleep(Duration::from_millis(20));
+                peer.rest()
+            });
+            result.unwrap();
+            check_pages(&ram, got);
+            let most = most.into_inner();
+            // And the one that is being sent.
+            assert!(most <= MAX_AHEAD + 1, "{most} chunks, {count} threads");
+        }
+    }
+
+    #[test]
+    fn a_damaged_chunk_ends_it_whoever_finds_it() {
+        let ram = ram(1024);
+        for codec in CODECS {
+            let mut checkpoint = saved(&ram, codec, 64 << 10);
+            let middle = checkpoint.len() / 2;
+            checkpoint[middle] ^= 1;
+            let source = source(checkpoint, 64 << 20);
+            let mut errors = Vec::new();
+            for count in [1, 2, 8] {
+                let (got, result) = serve(&source, 4096, count, |socket| Peer::new(socket).rest());
+                let numbers: Vec<_> = got.iter().map(|(number, _)| *number).collect();
+                // All before it, and nothing of it.
+                assert_eq!(numbers, (0..got.len()).collect::<Vec<_>>());
+                assert!(got.len() > 100 && got.len() < 1000 && got.len() % 16 == 0);
+                check_pages(&ram[..got.len() * PAGE], got);
+                let error = result.unwrap_err();
+                assert!(matches!(error, QemuError::Pages(_)), "{error:?}");
+                errors.push(format!("{error:?}"));
+            }
+            assert!(errors[0].contains("Checksum"), "{errors:?}");
+            assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+            // The same if it is asked for.
+            let (got, result) = serve(&source, 4096, 2, |socket| {
+                let mut peer = Peer::new(socket);
+                let all: Vec<_> = (300..800).step_by(16).collect();
+                peer.ask(&all);
+                peer.rest()
+            });
+            assert!(got.len() < 1000);
+            assert_eq!(format!("{:?}", result.unwrap_err()), errors[0]);
+        }
+    }
+
+    #[test]
+    #[ignore = "a measurement: --release, --nocapture, and a machine that does nothing else"]
+    fn the_time_of_a_whole_transfer() {
+        let ram = ram(1 << 16);
+        for codec in CODECS {
+            let source = source(saved(&ram, codec, 64 << 10), 64 << 20);
+            let mut best = [Duration::MAX; 3];
+            for _ in 0..5 {
+                for (best, count) in best.iter_mut().zip([1, 2, 4]) {
+                    let began = Instant::now();
+                    let (_, result) = serve(&source, 4096, count, |mut socket| {
+                        socket.write_all(&said(1, &[0; 4])).unwrap();
+                        let mut bytes = vec![0; 1 << 20];
+                        while socket.read(&mut bytes).is_ok_and(|got| got > 0) {}
+                    });
+                    result.unwrap();
+                    *best = began.elapsed().min(*best);
+                }
+            }
+            println!("{codec:?}: 256 MiB with 1, 2, 4 threads: {best:.2?}");
+        }
+    }
+
+    #[test]
+    fn who_sends_does_it_alone_where_there_are_no_threads() {
+        const ALONE: &str = "SONICSHOT_TEST_ALONE";
+        const NAME: &str = "postcopy::tests::who_sends_does_it_alone_where_there_are_no_threads";
+        if std::env::var_os(ALONE).is_some() {
+            return alone();
+        }
+        let user = ["--reuid=54322", "--clear-groups"];
+        let can = Command::new("setpriv").args(user).arg("true").output();
+        let can = can.is_ok_and(|output| output.status.success());
+        if !sonicshot_testkit::has("the right to be another user", can) {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("program");
+        fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        for path in [folder.path(), &program] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new("setpriv");
+        command.args(user).args(["prlimit", "--nproc=6"]);
+        command.arg(&program).args(["--exact", NAME, "--nocapture"]);
+        let output = command.current_dir("/").env(ALONE, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}\n{errors}");
+        assert!(said.contains("alone\n"), "{said}\n{errors}");
+    }
+
+    fn alone() {
+        let ram = sparse(1024);
+        let source = source(saved(&ram, Compression::ZSTD, 64 << 10), 64 << 20);
+        let (go, begin) = std::sync::mpsc::channel::<()>();
+        let over = AtomicBool::new(false);
+        let wait = || wait_until(|| over.load(Ordering::SeqCst));
+        std::thread::scope(|scope| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let peer = scope.spawn(move || {
+                begin.recv().unwrap();
+                let mut peer = Peer::new(theirs);
+                peer.ask(&[1000, 1001]);
+                peer.rest()
+            });
+            // All threads that there are.
+            while Builder::new().spawn_scoped(scope, wait).is_ok() {}
+            assert_eq!(with_pool(threads(8), &|| (), |pool| pool.threads()), 0);
+            go.send(()).unwrap();
+            // As it is restored.
+            let here = current().id();
+            let write = || (current().id(), serve_on(&ours, &source, 4096, 8));
+            let ((writer, result), loader) = at_once(write, || current().id());
+            assert_eq!((writer, loader), (here, here));
             drop(ours);
-            (reading.join().unwrap(), result)
-        })
+            over.store(true, Ordering::SeqCst);
+            result.unwrap();
+            let mut got = peer.join().unwrap();
+            let zero = got.iter().position(|(number, _)| *number == 1001).unwrap();
+            assert_eq!(got.remove(zero).1, None);
+            check_pages(&ram, got);
+        });
+        println!("alone");
+    }
+
+    /// All that comes of a guest of 64 pages, of which every other is zero, to a QEMU that asks for
+    /// these, and says at the end that all was well or not.
+    fn served(requests: &[Vec<u8>], end: u8) -> (Vec<u8>, Result<(), String>) {
+        let mut ram = vec![0; 64 * PAGE];
+        for page in (0..64).step_by(2) {
+            ram[page * PAGE..(page + 1) * PAGE].fill(u8::try_from(page + 1).unwrap());
+        }
+        let source = source(saved(&ram, Compression::Lz4, 64 << 10), 0);
+        let mut asked = requests.concat();
+        asked.extend(said(1, &[0, 0, 0, end]));
+        let (got, result) = serve(&source, 4096, 3, move |mut socket| {
+            socket.write_all(&asked).unwrap();
+            let mut got = Vec::new();
+            let _ = socket.read_to_end(&mut got);
+            got
+        });
+        let result = result.map_err(|error| {
+            std::error::Error::source(&error).map_or(String::new(), ToString::to_string)
+        });
+        (got, result)
     }
 
     #[test]

@@ -20,6 +20,7 @@ use sonicshot_serve::{CheckpointSource, Metrics};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
+use std::num::NonZeroUsize;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -63,6 +64,9 @@ pub struct LiveRestoreOptions {
     pub disks: Vec<GivenDisk>,
     /// The treatment of a disk that was written to since the guest was saved.
     pub moved_on: MovedOn,
+    /// The threads that read and decompress pages, beside the one that sends them; by default as many
+    /// as there are cores. Where the system gives fewer, those do it, at worst the one that sends.
+    pub threads: Option<NonZeroUsize>,
 }
 
 impl LiveRestoreOptions {
@@ -97,6 +101,13 @@ impl LiveRestoreOptions {
     #[must_use]
     pub fn moved_on(mut self, treatment: MovedOn) -> Self {
         self.moved_on = treatment;
+        self
+    }
+
+    /// Says how many threads read and decompress pages.
+    #[must_use]
+    pub fn threads(mut self, threads: NonZeroUsize) -> Self {
+        self.threads = Some(threads);
         self
     }
 }
@@ -168,7 +179,12 @@ pub fn restore(
     if !is_lazy {
         source = source.all_before_it_runs();
     }
-    let guest = Guest { kept, source, path };
+    let guest = Guest {
+        kept,
+        source,
+        path,
+        threads: threads(options.threads),
+    };
     match &options.how {
         RestoreHow::Postcopy if !is_lazy => {
             let restored = guest.eager(program, words, options.guard)?;
@@ -186,6 +202,7 @@ struct Guest<'a> {
     kept: Kept,
     source: CheckpointSource<File>,
     path: &'a Path,
+    threads: NonZeroUsize,
 }
 
 /// The blocks that are sent beside the guest's RAM, under the names that QEMU has now.
@@ -302,7 +319,7 @@ impl Guest<'_> {
             devices: &self.kept.devices,
             machine: &self.kept.record.machine,
             page_sizes: matched.page_sizes,
-            threads: threads(None),
+            threads: self.threads,
         };
         server.serve(out)
     }
@@ -390,7 +407,7 @@ impl Guest<'_> {
         words: &[OsString],
         began: Instant,
         how: &'static str,
-        write: impl FnOnce(&Self, &Matched<'_>, &UnixStream) -> Result<(), QemuError> + Send,
+        write: impl Fn(&Self, &Matched<'_>, &UnixStream) -> Result<(), QemuError> + Sync,
     ) -> Result<LiveRestored, QemuError> {
         let mut ready = Duration::ZERO;
         let loaded = self.matched(&mut qmp).and_then(|matched| {
@@ -398,20 +415,20 @@ impl Guest<'_> {
             qmp.get_fd("sonicshot", theirs.as_fd())?;
             drop(theirs);
             qmp.run("migrate-incoming", json!({"uri": "fd:sonicshot"}))?;
-            std::thread::scope(|scope| {
-                let writing = Builder::new().spawn_scoped(scope, || {
-                    let written = write(self, &matched, &ours);
-                    drop(ours);
-                    written
-                });
-                let writing = writing.map_err(QemuError::system("starting a thread"))?;
-                let loaded = loaded(&mut qmp, || ready = began.elapsed());
-                let written = writing.join();
-                let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                // Who says no closes the socket: what it says is why.
-                loaded?;
+            let write = || {
+                let written = write(self, &matched, &ours);
+                // QEMU hears that nothing more comes.
+                let _ = ours.shutdown(std::net::Shutdown::Both);
                 written
-            })
+            };
+            let load = || loaded(&mut qmp, || ready = began.elapsed());
+            let (written, loaded) = at_once(write, load);
+            match written {
+                // QEMU was ended for it.
+                Err(error @ QemuError::Pages(_)) => Err(error),
+                // Who says no closes the socket: what it says is why.
+                written => loaded.and(written),
+            }
         });
         if let Err(error) = loaded {
             return Err(launched.blame(error));
@@ -539,7 +556,7 @@ impl Guest<'_> {
             &matched.places,
             &mut stream,
             zeroes,
-            threads(None),
+            self.threads,
         )?;
         self.write_end(stream).map_err(&sending)
     }
@@ -575,6 +592,22 @@ impl Guest<'_> {
         stream.end()?;
         Ok(())
     }
+}
+
+/// Does both at once; where the system has no thread for it, `write` first.
+pub(crate) fn at_once<W: Send, L>(
+    write: impl Fn() -> W + Sync,
+    load: impl FnOnce() -> L,
+) -> (W, L) {
+    std::thread::scope(|scope| {
+        let Ok(writing) = Builder::new().spawn_scoped(scope, &write) else {
+            return (write(), load());
+        };
+        let loaded = load();
+        let written = writing.join();
+        let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (written, loaded)
+    })
 }
 
 fn unlike(saved: &RamBlock, pieces: &[Piece], theirs: &[(&RamBlock, Vec<Piece>)]) -> QemuError {

@@ -16,7 +16,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvError, TryRecvError, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
@@ -187,7 +187,7 @@ pub fn with_pool<'env, S: 'env, R>(
             closed: false,
         }),
         ready: Condvar::new(),
-        alone: AtomicBool::new(false),
+        started: AtomicUsize::new(0),
         state,
     };
     std::thread::scope(|scope| {
@@ -202,7 +202,7 @@ pub fn with_pool<'env, S: 'env, R>(
         let started = (0..threads.get())
             .map_while(|_| Builder::new().spawn_scoped(scope, work).ok())
             .count();
-        pool.alone.store(started == 0, Ordering::Relaxed);
+        pool.started.store(started, Ordering::Relaxed);
         let result = body(&pool);
         drop(closing);
         result
@@ -215,8 +215,8 @@ type Job<'env, S> = Box<dyn FnOnce(&mut S) + Send + 'env>;
 pub struct Pool<'env, S> {
     queue: Mutex<Queue<'env, S>>,
     ready: Condvar,
-    /// No thread could be started: who hands over a job does it.
-    alone: AtomicBool,
+    /// If none could be, who hands over a job does it.
+    started: AtomicUsize,
     state: &'env (dyn Fn() -> S + Sync),
 }
 
@@ -239,22 +239,56 @@ impl<S> Drop for Closing<'_, '_, S> {
 }
 
 impl<'env, S> Pool<'env, S> {
+    /// The number of threads that were started. Without any, who hands over a job does it.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.started.load(Ordering::Relaxed)
+    }
+
     /// Hands over a job; jobs are begun in the order in which they come.
     pub fn submit<R: Send + 'env>(
         &self,
         job: impl FnOnce(&mut S) -> R + Send + 'env,
+    ) -> Pending<R> {
+        self.hand(job, || (), VecDeque::push_back)
+    }
+
+    /// The same, for who waits for other things too: `told` is called, where the job was done, once its
+    /// result is there.
+    pub fn submit_told<R: Send + 'env>(
+        &self,
+        job: impl FnOnce(&mut S) -> R + Send + 'env,
+        told: impl FnOnce() + Send + 'env,
+    ) -> Pending<R> {
+        self.hand(job, told, VecDeque::push_back)
+    }
+
+    /// Hands over a job that is begun before all that wait.
+    pub fn submit_first<R: Send + 'env>(
+        &self,
+        job: impl FnOnce(&mut S) -> R + Send + 'env,
+    ) -> Pending<R> {
+        self.hand(job, || (), VecDeque::push_front)
+    }
+
+    fn hand<R: Send + 'env>(
+        &self,
+        job: impl FnOnce(&mut S) -> R + Send + 'env,
+        told: impl FnOnce() + Send + 'env,
+        put: impl FnOnce(&mut VecDeque<Job<'env, S>>, Job<'env, S>),
     ) -> Pending<R> {
         let (answer, result) = sync_channel(1);
         let job = move |state: &mut S| {
             let result = catch_unwind(AssertUnwindSafe(|| job(state)));
             // Who asked may have failed and gone; nobody needs the answer then.
             let _ = answer.send(result);
+            told();
         };
-        if self.alone.load(Ordering::Relaxed) {
+        if self.threads() == 0 {
             job(&mut (self.state)());
             return Pending(result);
         }
-        lock(&self.queue).jobs.push_back(Box::new(job));
+        put(&mut lock(&self.queue).jobs, Box::new(job));
         self.ready.notify_one();
         Pending(result)
     }
@@ -437,6 +471,31 @@ mod tests {
         });
         assert!(used.is_some_and(|used| used < 3));
         assert_eq!(made.into_inner(), 3);
+    }
+
+    #[test]
+    fn what_is_first_goes_before_what_waits_and_who_waits_is_told() {
+        let order = Mutex::new(Vec::new());
+        let (begun, first) = std::sync::mpsc::sync_channel(0);
+        let told = AtomicUsize::new(0);
+        let note = |name| order.lock().unwrap().push(name);
+        with_pool(n(1), &|| (), |pool| {
+            assert_eq!(pool.threads(), 1);
+            let busy = pool.submit(move |()| first.recv().unwrap());
+            let later = pool.submit_told(
+                |()| note("later"),
+                || {
+                    told.fetch_add(1, Ordering::SeqCst);
+                },
+            );
+            let sooner = pool.submit_first(|()| note("sooner"));
+            begun.send(()).unwrap();
+            busy.wait();
+            later.wait();
+            sooner.wait();
+        });
+        assert_eq!(*order.lock().unwrap(), ["sooner", "later"]);
+        assert_eq!(told.into_inner(), 1);
     }
 
     #[test]

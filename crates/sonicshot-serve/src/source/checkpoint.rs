@@ -333,6 +333,13 @@ impl<S: RangeSource> PageSource for CheckpointSource<S> {
         }
     }
 
+    fn block_at(&self, at: Gpa) -> Option<u64> {
+        match self.find(at) {
+            Ok(Found::Bytes(stored)) => Some(stored.chunk.number),
+            _ => None,
+        }
+    }
+
     fn by_need(&self) -> Arc<[GpaRange]> {
         Arc::clone(self.by_need.get_or_init(|| self.order().into()))
     }

@@ -103,6 +103,13 @@ pub trait PageSource: Send + Sync {
         Ok(Look::Run(run))
     }
 
+    /// The number of the block that the bytes at `at` are in, if they are read, or decompressed, by blocks:
+    /// who has several threads read gives all of one block to one of them.
+    fn block_at(&self, at: Gpa) -> Option<u64> {
+        let _ = at;
+        None
+    }
+
     /// All that is not zero, what a guest needs sooner first. All virtual machines share it.
     fn by_need(&self) -> Arc<[GpaRange]>;
 
