@@ -490,9 +490,9 @@ mod tests {
             );
             let sooner = pool.submit_first(|()| note("sooner"));
             begun.send(()).unwrap();
-            busy.wait();
-            later.wait();
-            sooner.wait();
+            let () = busy.wait();
+            let () = later.wait();
+            let () = sooner.wait();
         });
         assert_eq!(*order.lock().unwrap(), ["sooner", "later"]);
         assert_eq!(told.into_inner(), 1);
