@@ -267,7 +267,11 @@ fn listen(mut from: impl Read, said: &Mutex<Vec<u8>>) {
 mod tests {
     use super::{Launched, Words};
     use crate::error::QemuError;
+    use sonicshot::Gpa;
+    use sonicshot_serve::ServeError;
     use std::ffi::OsString;
+    use std::process::Command;
+    use std::sync::Arc;
 
     #[test]
     fn what_is_done_here_is_refused() {
@@ -344,5 +348,24 @@ mod tests {
             start("/no/such/program", &[]),
             QemuError::Io { .. }
         ));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_the_error_though_qemu_was_ended_for_it() {
+        let gone = || {
+            let mut child = Command::new("/bin/sh");
+            let mut child = child.args(["-c", "exit 3"]).spawn().unwrap();
+            child.wait().unwrap();
+            Launched {
+                child,
+                said: Arc::default(),
+                listening: None,
+                guard: None,
+            }
+        };
+        let pages = QemuError::Pages(ServeError::NotInSnapshot { at: Gpa::ZERO });
+        assert!(matches!(gone().blame(pages), QemuError::Pages(_)));
+        let other = QemuError::not_this("something else");
+        assert!(matches!(gone().blame(other), QemuError::Ended { .. }));
     }
 }
