@@ -145,12 +145,13 @@ impl Xen {
         // The number (16 bits), the flags; then in 64 bits each: pages, the most pages,
         // outstanding, shared, paged, and the frame of the shared information.
         let [first, pages, _, _, _, _, shared_info, ..] = info;
+        let [_, _, _, _, a, b, c, d] = first.to_le_bytes();
         // It lists from that number on.
         if found == 0 || first & 0xffff != u64::from(domain.raw()) {
             return Err(LiveError::NoDomain { domain });
         }
         Ok(DomainInfo {
-            flags: u32::try_from(first >> 32).unwrap_or(0),
+            flags: u32::from_le_bytes([a, b, c, d]),
             pages,
             shared_info: Mfn::new(shared_info),
         })
@@ -175,7 +176,11 @@ impl Xen {
 
     /// Makes of each number of a frame what type of frame it is (`XEN_DOMCTL_PFINFO_*`).
     pub(crate) fn types(&self, domain: DomainId, frames: &mut [u64]) -> Result<(), LiveError> {
-        let count = c_uint::try_from(frames.len()).unwrap_or(0);
+        let count = c_uint::try_from(frames.len()).map_err(|_| LiveError::Call {
+            call: "xc_get_pfn_type_batch",
+            domain,
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
         let result = self.with(|handles| {
             // SAFETY: `frames` has `count` numbers, which are written over.
             unsafe {

@@ -304,16 +304,9 @@ impl Walk {
                 return Children::Read;
             }
             gimli::DW_TAG_member => {
-                let field = Field {
-                    name: name_of(dwarf, unit, entry).unwrap_or_default(),
-                    offset: unsigned(entry, gimli::DW_AT_data_member_location).unwrap_or(0),
-                    ty: type_of(unit, entry),
-                };
-                let is_bits = entry.attr_value(gimli::DW_AT_data_bit_offset).is_some();
-                if let Some(Shape::Structure(structure)) = self.parent(parent)
-                    && !is_bits
-                {
-                    structure.members.push(field);
+                let field = field_of(dwarf, unit, entry);
+                if let Some(Shape::Structure(structure)) = self.parent(parent) {
+                    structure.members.extend(field);
                 }
             }
             gimli::DW_TAG_array_type => {
@@ -356,8 +349,10 @@ impl Walk {
             }
             // Kernels that are read here have 64 bits.
             gimli::DW_TAG_pointer_type => {
-                let size = unsigned(entry, gimli::DW_AT_byte_size).unwrap_or(8);
-                self.shapes.insert(at, Shape::Sized(size));
+                let told = entry.attr_value(gimli::DW_AT_byte_size);
+                let size = told.map_or(Some(8), |size| size.udata_value());
+                self.shapes
+                    .extend(size.map(|size| (at, Shape::Sized(size))));
             }
             _ => {}
         }
@@ -404,6 +399,29 @@ fn type_of<R: Reader<Offset = usize>>(
     }
 }
 
+/// A member with its place, unless it is some bits of a word, or its place is not known.
+fn field_of<'a>(
+    dwarf: &gimli::Dwarf<Slice<'a>>,
+    unit: &Unit<Slice<'a>>,
+    entry: &DebuggingInformationEntry<Slice<'a>>,
+) -> Option<Field> {
+    let is_bits = entry.attr_value(gimli::DW_AT_data_bit_offset).is_some();
+    let offset = offset_of(entry).filter(|_| !is_bits)?;
+    Some(Field {
+        name: name_of(dwarf, unit, entry).unwrap_or_default(),
+        offset,
+        ty: type_of(unit, entry),
+    })
+}
+
+/// The offset of a member. One of a union has none; of one that is to be computed nothing is known.
+fn offset_of<R: Reader<Offset = usize>>(entry: &DebuggingInformationEntry<R>) -> Option<u64> {
+    match entry.attr_value(gimli::DW_AT_data_member_location) {
+        None => Some(0),
+        Some(offset) => offset.udata_value(),
+    }
+}
+
 fn unsigned<R: Reader<Offset = usize>>(
     entry: &DebuggingInformationEntry<R>,
     name: gimli::DwAt,
@@ -422,6 +440,7 @@ fn constant<R: Reader<Offset = usize>>(entry: &DebuggingInformationEntry<R>) -> 
 mod tests {
     use super::{Dwarf, MAX_DEPTH, MAX_UNITS, Shape};
     use crate::needs;
+    use crate::symbols::SymbolSource;
     use crate::symbols::own::OwnFile;
     use std::collections::HashMap;
 
@@ -465,6 +484,30 @@ mod tests {
         // The unit and the structure are entries, too.
         assert!(is_found(Some((1, 100)), 0, 98));
         assert!(!is_found(Some((1, 100)), 0, 99));
+    }
+
+    /// Old compilers tell an offset as an expression.
+    #[test]
+    fn a_member_whose_offset_is_no_number_is_not_told() {
+        // A unit with a name, a structure with members: with an offset, with an expression, without.
+        let abbreviations = b"\x02\x11\x01\x03\x08\0\0\x05\x13\x01\x03\x08\x0b\x0b\0\0\
+            \x06\x0d\0\x03\x08\x38\x0b\0\0\x07\x0d\0\x03\x08\x38\x18\0\0\
+            \x08\x0d\0\x03\x08\0\0\0";
+        let mut entries = [b"\x02", needs::units()[0].as_bytes(), b"\0"].concat();
+        entries.extend(b"\x05page\0\x40\x06flags\0\x08\x07lru\0\x02\x23\x10\x08first\0\0\0");
+        let info = unit(&entries);
+        let file = OwnFile::from_bytes(&[&abbreviations[..], &info].concat());
+        let section = |name: &str| match name {
+            ".debug_abbrev" => Some((0, abbreviations.len())),
+            ".debug_info" => Some((abbreviations.len(), info.len())),
+            _ => None,
+        };
+        let dwarf = Dwarf::new("a test".into(), &file, &section);
+        let dwarf = dwarf.unwrap().unwrap();
+        for (member, offset) in [("flags", Some(8)), ("lru", None), ("first", Some(0))] {
+            let found = dwarf.member("page", member).unwrap();
+            assert_eq!(found.map(|found| found.offset), offset, "{member}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! (`kernel/vmcore_info.c`, Documentation/admin-guide/kdump/vmcoreinfo.rst).
 
 use super::{Member, SymbolBase, SymbolError, SymbolSource};
-use crate::KernelVa;
+use crate::{KernelVa, VmiError};
 use sonicshot::to_u64;
 use std::collections::HashMap;
 
@@ -104,6 +104,19 @@ impl Vmcoreinfo {
     #[must_use]
     pub fn kernel_offset(&self) -> Option<u64> {
         u64::from_str_radix(self.line("KERNELOFFSET")?, 16).ok()
+    }
+
+    /// The same, and 0 of a kernel that does not say it: it has no KASLR.
+    pub(crate) fn displacement(&self) -> Result<u64, VmiError> {
+        match (self.line("KERNELOFFSET"), self.kernel_offset()) {
+            (_, Some(offset)) => Ok(offset),
+            (None, None) => Ok(0),
+            (Some(text), None) => Err(VmiError::Unsupported {
+                what: format!(
+                    "VMCOREINFO with KERNELOFFSET `{text}`, which is no hexadecimal number"
+                ),
+            }),
+        }
     }
 
     /// `SYMBOL(name)`: an address, or for `mem_section` and `vmemmap` where the array is.
@@ -285,6 +298,11 @@ mod tests {
         assert_eq!(info.osrelease(), Some("6.12.1-cloud"));
         assert_eq!(info.page_size(), Some(4096));
         assert_eq!(info.kernel_offset(), Some(0x1a00_0000));
+        assert_eq!(info.displacement().unwrap(), 0x1a00_0000);
+        let other = |line: &str| Vmcoreinfo::parse(line.as_bytes()).unwrap().displacement();
+        assert_eq!(other("OSRELEASE=6.1\n").unwrap(), 0);
+        let error = other("OSRELEASE=6.1\nKERNELOFFSET=1a0x\n").unwrap_err();
+        assert!(error.to_string().contains("KERNELOFFSET `1a0x`"), "{error}");
         assert_eq!(
             info.symbol("init_uts_ns"),
             Some(KernelVa::new(0xffff_ffff_82a1_b2c0))
