@@ -42,7 +42,7 @@ pub(crate) struct Cli {
 
 /// Options for what is told while a command works.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Telling of the work")]
+#[command(next_help_heading = "Progress and messages")]
 pub(crate) struct TalkArgs {
     /// Show the progress of the work on standard error
     #[arg(

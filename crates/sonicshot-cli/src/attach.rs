@@ -4,8 +4,9 @@ use crate::args::AttachArgs;
 use crate::error::CliError;
 use crate::json::{AttachReport, OfAttach, Version, line, path};
 use crate::output::{blobs, overwrite};
+use crate::progress::Phase;
 use crate::report::{say, size};
-use sonicshot_offline::CheckpointFile;
+use sonicshot_offline::{AttachOptions, CheckpointFile};
 use sonicshot_serve::PageSet;
 
 /// The blob that is a working set: what is none would be refused only when it is served.
@@ -22,8 +23,13 @@ pub(crate) fn run(args: &AttachArgs) -> Result<(), CliError> {
     for (_, path) in files.iter().filter(|(name, _)| name == SET) {
         PageSet::read(path, layout)?;
     }
-    let (stats, disk) =
-        checkpoint.attach(&args.output, overwrite(args.force), &files, args.replace)?;
+    let phase = Phase::begin("saving", args.json);
+    let options = AttachOptions::new()
+        .overwrite(overwrite(args.force))
+        .replace(args.replace)
+        .progress(phase.shown());
+    let (stats, disk) = checkpoint.attach(&args.output, &files, &options)?;
+    drop(phase);
     let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
     if args.json {
         let report = AttachReport {

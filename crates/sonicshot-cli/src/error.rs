@@ -54,7 +54,7 @@ pub(crate) enum CliError {
     },
     #[error("{} exists", path.display())]
     Exists { path: PathBuf },
-    #[error("{} is the dump itself", path.display())]
+    #[error("{} is the input itself: name another file for the output", path.display())]
     OverDump { path: PathBuf },
     #[error("the demo's check failed: {what}")]
     Demo { what: String },

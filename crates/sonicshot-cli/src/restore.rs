@@ -87,6 +87,7 @@ pub(crate) fn verify(args: &VerifyArgs) -> Result<(), CliError> {
         let mut known = OpenOptions::new();
         known.layout.clone_from(&args.layout);
         known.format = args.format;
+        known.progress = Some(phase.shown());
         compared = Some(checkpoint.verify_against(path, &known, &work)?);
     }
     drop(phase);

@@ -4,7 +4,7 @@ use crate::args::ShareArgs;
 use crate::error::CliError;
 use crate::json::{OfShare, ShareReport, Version, line, path};
 use crate::output::overwrite;
-use crate::progress::Phase;
+use crate::progress::Phases;
 use crate::report::{bytes_of, count, note, percent, say, size};
 use sonicshot::Tally;
 use sonicshot_dump::{DumpError, ShareStats};
@@ -22,8 +22,12 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
     let mut known = OpenOptions::new();
     known.layout.clone_from(&args.layout);
     known.format = args.format;
+    let phases = Phases::new(args.json);
+    let opening = phases.run("opening");
+    known.progress = Some(phases.shown());
     let snapshot = Snapshot::open(&args.file, &known)?;
-    let phase = Phase::begin("sharing", args.json);
+    drop(opening);
+    let phase = phases.run("sharing");
     let mut options = ShareOptions::new()
         .overwrite(overwrite(args.force))
         .min_run(args.min_run)

@@ -51,7 +51,7 @@ pub enum DumpError {
     /// Two segments of an ELF core hold different bytes for the same memory.
     #[error(
         "{}: segments {first} and {second} both hold guest memory {both} ({} bytes), and differ at \
-         {at}: which of them is the guest's nothing says",
+         {at}: nothing says which of them is right",
         path.display(),
         both.len()
     )]
@@ -132,7 +132,7 @@ pub enum DumpError {
         /// Whether the caller says that it is raw memory.
         is_said: bool,
     },
-    /// The guest's RAM layout cannot be.
+    /// The guest's RAM layout is invalid.
     #[error("invalid RAM layout in {}", path.display())]
     Layout {
         /// The file.
@@ -188,7 +188,7 @@ pub enum DumpError {
         candidates: Vec<PathBuf>,
     },
     /// A VMM's JSON file says nothing that can be understood.
-    #[error("{} is not understood", path.display())]
+    #[error("{} cannot be parsed", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -241,7 +241,7 @@ pub enum DumpError {
         path: PathBuf,
     },
     /// The output is one of the inputs.
-    #[error("{} is an input itself", path.display())]
+    #[error("{} is an input: name another file for the output", path.display())]
     SameFile {
         /// The output.
         path: PathBuf,
@@ -281,7 +281,7 @@ pub enum DumpError {
         source: io::Error,
     },
     /// More came out of a pipe or a compressor than is taken in.
-    #[error("more than {limit} bytes come of {}: {by}", path.display())]
+    #[error("{} expands to more than {limit} bytes: {by}", path.display())]
     TooLong {
         /// The file that it comes of.
         path: PathBuf,
@@ -291,7 +291,7 @@ pub enum DumpError {
         by: SizeLimit,
     },
     /// The output was written, but could not be made durable or get its name.
-    #[error("{action} {}: it has not appeared, and what had its name is as it was", path.display())]
+    #[error("{action} {}: no file was written there, and one that was there is unchanged", path.display())]
     NotFinished {
         /// The action, such as `giving its name to`.
         action: &'static str,
@@ -302,7 +302,7 @@ pub enum DumpError {
         source: io::Error,
     },
     /// The output has its name, but what was to follow failed.
-    #[error("{} is whole and has its name, but {what}", path.display())]
+    #[error("{} was written completely, but {what}", path.display())]
     Unsettled {
         /// The output.
         path: PathBuf,
@@ -313,7 +313,7 @@ pub enum DumpError {
         source: io::Error,
     },
     /// A prune in place did not come to its end.
-    #[error("{action} {}: it is a whole dump all the same, of which a part was pruned", path.display())]
+    #[error("{action} {}: only a part of it was pruned; it is a valid dump all the same", path.display())]
     PrunedInPart {
         /// The action, such as `punching a hole into`.
         action: &'static str,
@@ -417,7 +417,7 @@ pub enum DumpError {
         boot_end: Option<Gpa>,
     },
     /// The knowledge of the guest is of another memory.
-    #[error("{} has other memory than the guest that was looked at", path.display())]
+    #[error("{}: its RAM layout is not that of the guest that was analysed", path.display())]
     OtherGuest {
         /// The file.
         path: PathBuf,
@@ -432,8 +432,8 @@ pub enum DumpError {
     },
     /// Classes that the guest uses were to be dropped.
     #[error(
-        "{classes}: the guest uses that, and cannot run from what is left: it is dropped for \
-         analysis alone"
+        "the guest uses pages of {classes} and cannot run without them: they are dropped only for \
+         analysis"
     )]
     UsedByGuest {
         /// The classes.
@@ -476,7 +476,7 @@ pub enum DumpError {
     },
     /// A file was to share blocks with an image, and did not come to its end.
     #[error(
-        "{} is byte for byte what it was, and shares a part of its blocks with {}",
+        "{} was shared only in part with {}: no byte of it has changed",
         path.display(),
         image.display()
     )]
@@ -552,8 +552,8 @@ fn name(writer: Option<&WritingProcess>) -> String {
 /// The names of files in one folder, for a message.
 fn no_layout(machine: &str) -> String {
     match machine {
-        "" => "it names no machine, which would tell where its RAM lies".to_owned(),
-        name => format!("where the machine `{name}` has its RAM is not known"),
+        "" => "it names no machine, which would tell where its RAM lies: give its layout (--layout)".to_owned(),
+        name => format!("the RAM layout of the machine `{name}` is not known: give it (--layout)"),
     }
 }
 

@@ -46,7 +46,7 @@ pub enum LibVmiError {
         why: InitFailure,
     },
     /// Nothing of the guest's memory can be read.
-    #[error("LibVMI has no memory of {domain} ({bytes} bytes, up to {end})")]
+    #[error("LibVMI reports no memory of {domain} (size {bytes} bytes, end {end})")]
     NoMemory {
         /// The guest.
         domain: Domain,
@@ -94,8 +94,8 @@ pub enum LibVmiError {
     },
     /// Memory cannot be read.
     #[error(
-        "LibVMI read {read} of {wanted} bytes of {domain} at {at}: the guest is gone, or has this page \
-         no more"
+        "LibVMI read {read} of {wanted} bytes of {domain} at {at}: the guest is gone, or no longer \
+         has this page"
     )]
     Read {
         /// The guest.

@@ -118,6 +118,57 @@ impl RestoreOptions {
     }
 }
 
+/// Options for adding blobs to a checkpoint; by default nothing that is there is replaced.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct AttachOptions {
+    /// Whether a file that exists is replaced.
+    pub overwrite: Overwrite,
+    /// Whether a blob whose name is taken takes the place of that one.
+    pub replace: bool,
+    /// Whoever is told how far it is, in bytes of the checkpoint.
+    pub progress: Option<Arc<dyn Progress>>,
+}
+
+impl Default for AttachOptions {
+    fn default() -> Self {
+        Self {
+            overwrite: Overwrite::Refuse,
+            replace: false,
+            progress: None,
+        }
+    }
+}
+
+impl AttachOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says whether a file that exists is replaced.
+    #[must_use]
+    pub fn overwrite(mut self, overwrite: Overwrite) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Says whether a blob whose name is taken takes the place of that one.
+    #[must_use]
+    pub fn replace(mut self, replace: bool) -> Self {
+        self.replace = replace;
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
 /// The result of making a checkpoint a dump again.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -284,7 +335,7 @@ impl CheckpointFile {
 
     /// Writes the checkpoint once more, with these files as blobs besides: the name and file of
     /// each. All else stays as it is stored, each part checked. A name that is taken is refused, or
-    /// its blob left out if `replace` says so. The file appears whole or not at all. Returns what
+    /// its blob left out if the options say so. The file appears whole or not at all. Returns what
     /// is in it, and the bytes that it takes on disk.
     ///
     /// # Errors
@@ -293,26 +344,25 @@ impl CheckpointFile {
     pub fn attach(
         &self,
         out: impl AsRef<Path>,
-        overwrite: Overwrite,
         blobs: &[(String, PathBuf)],
-        replace: bool,
+        options: &AttachOptions,
     ) -> Result<(SaveStats, u64), OfflineError> {
         let files = blobs.iter().map(|(_, path)| open_blob(path));
         let mut files = files.collect::<Result<Vec<_>, _>>()?;
         let mut inputs = vec![self.reader.source()];
         inputs.extend(&files);
         let path = out.as_ref();
-        let out = NewFile::create(path, overwrite, &inputs)?;
+        let out = NewFile::create(path, options.overwrite, &inputs)?;
         let names = blobs.iter().map(|(name, _)| name.as_str());
         let contents = files.iter_mut().map(|file| file as &mut dyn Read);
         let written = io::BufWriter::with_capacity(1 << 20, out.file());
-        let attached = self
-            .reader
-            .attach(names.zip(contents).collect(), replace, written);
+        let blobs = names.zip(contents).collect();
+        let (replace, progress) = (options.replace, &options.progress);
+        let attached = self.reader.attach(blobs, replace, written, progress);
         let attached = attached.map_err(OfflineError::made_of(&self.path, path));
         let (_, stats) = self.blamed(attached)?;
         self.check_unchanged()?;
-        Ok((stats, out.finish()?))
+        Ok((stats, out.finish_told(progress)?))
     }
 
     /// Refuses to go on if pages are on a disk that was not given.

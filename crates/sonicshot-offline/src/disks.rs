@@ -122,14 +122,13 @@ impl<'a> SaveDisks<'a> {
         told: Vec<Place>,
         options: &SaveOptions,
     ) -> Result<DiskGuesses, OfflineError> {
-        let threads = options.threads;
         let failed = OfflineError::disks();
         let likely = DiskFinder::LIKELY;
-        let finder = DiskFinder::new(what.dump, what.map, what.plan, likely, threads);
-        let finder = finder.map_err(&failed)?;
         let mut work = WorkOptions::new();
-        work.threads = threads;
+        work.threads = options.threads;
         work.progress.clone_from(&options.progress);
+        let finder = DiskFinder::new(what.dump, what.map, what.plan, likely, &work);
+        let finder = finder.map_err(&failed)?;
         let guesses = finder.stream(&self.infos, &self.sources, &work);
         let guesses = guesses.map_err(&failed)?;
         if told.is_empty() {

@@ -106,7 +106,7 @@ pub enum OfflineError {
         guessed: bool,
     },
     /// The layout that was given is in more ranges than are checked.
-    #[error("{} in {count} ranges: their places cannot be checked", path.display())]
+    #[error("{}: a layout of {count} ranges cannot be checked against the guest's memory", path.display())]
     ManyRanges {
         /// The file with the guest's memory.
         path: PathBuf,
@@ -136,7 +136,7 @@ pub enum OfflineError {
         at: Gpa,
     },
     /// Pages of zeroes cannot be left out of this format.
-    #[error("{} is {format}: nobody promises that a page which is left out of it reads as zero", path.display())]
+    #[error("{} is {format}, where a page that is left out need not read as zero", path.display())]
     ZeroesKept {
         /// The file.
         path: PathBuf,
@@ -150,7 +150,7 @@ pub enum OfflineError {
         class: PageClass,
     },
     /// Classes that the guest uses were to be dropped, and not for analysis.
-    #[error("{classes}: the guest uses that, and cannot run from what is left")]
+    #[error("the guest uses pages of {classes} and cannot run without them")]
     UsedByGuest {
         /// The classes.
         classes: ClassSet,

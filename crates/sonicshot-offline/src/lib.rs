@@ -53,7 +53,7 @@ mod whole;
 mod zero;
 
 pub use analyze::{Analyzed, Savings};
-pub use checkpoint_file::{CheckpointFile, RestoreOptions, RestoreTo, Restored};
+pub use checkpoint_file::{AttachOptions, CheckpointFile, RestoreOptions, RestoreTo, Restored};
 pub use convert::{Converted, Target, Template};
 pub use disk_options::RestoreDisks;
 pub use disks::DiskSearch;

@@ -252,11 +252,11 @@ impl<'a> OnPinned<'a> {
             return Ok(found);
         }
         let failed = QemuError::checkpoint(path);
-        let finder = DiskFinder::new(memory, map, plan, DiskFinder::LIKELY, writing.threads);
-        let finder = finder.map_err(&failed)?;
         let mut work = WorkOptions::new();
         work.threads = writing.threads;
         work.progress.clone_from(&writing.progress);
+        let finder = DiskFinder::new(memory, map, plan, DiskFinder::LIKELY, &work);
+        let finder = finder.map_err(&failed)?;
         let guesses = finder.stream(&found.infos, &found.sources, &work);
         found.guesses = guesses.map_err(&failed)?;
         Ok(found)

@@ -49,7 +49,7 @@ pub enum QemuError {
         waited: Duration,
     },
     /// The message is not QMP.
-    #[error("QEMU's monitor sends what is not QMP, at `{command}`: {what}")]
+    #[error("QEMU's monitor answered `{command}` with something that is not QMP: {what}")]
     NoQmp {
         /// The command.
         command: &'static str,
@@ -132,8 +132,8 @@ pub enum QemuError {
     },
     /// There is no memory for a copy of what the guest uses.
     #[error(
-        "a copy of the memory that the guest uses takes {needed} bytes more, and {room} are left for \
-         it: nothing was saved, and the guest is as it was"
+        "copying the memory that the guest uses takes {needed} bytes more, and only {room} are \
+         available: nothing was saved, and the guest is as it was"
     )]
     NoRoom {
         /// The bytes that are still to be copied.
@@ -176,7 +176,7 @@ pub enum QemuError {
     #[error("reading the checkpoint's pages")]
     Pages(#[source] ServeError),
     /// The checkpoint is none of a running QEMU guest, or its record of one is damaged.
-    #[error("{} has no QEMU guest to be restored: {what}", path.display())]
+    #[error("{} cannot be restored into QEMU: {what}", path.display())]
     NoGuest {
         /// The file.
         path: PathBuf,

@@ -6,8 +6,8 @@ use crate::pages::{self, Places};
 use crate::qmp::QemuVersion;
 use crate::refuse;
 use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
-use sonicshot::GpaRange;
-use sonicshot::work::{for_each, threads};
+use sonicshot::work::{for_each_told, threads};
+use sonicshot::{GpaRange, Progress, WorkPhase};
 use sonicshot_dump::{NewFile, Overwrite};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::ffi::{OsStr, OsString};
@@ -15,6 +15,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The memory backend that is added.
 const BACKEND: &str = "sonicshot-ram";
@@ -117,6 +118,7 @@ pub(crate) fn check(
     digest: u128,
     places: &Places,
     path: &Path,
+    progress: &dyn Progress,
 ) -> Result<(), QemuError> {
     let reading = |source| QemuError::Io {
         action: "reading",
@@ -131,12 +133,15 @@ pub(crate) fn check(
     {
         return Ok(());
     }
-    for_each(
+    let told = Told::begin(progress, WorkPhase::Comparing, source);
+    for_each_told(
         threads(None),
         kept(source),
+        |_| told.tell(),
         Vec::new,
         |buffer: &mut Vec<u8>, found| {
             let found = found.map_err(QemuError::Pages)?;
+            told.add(found.0.len());
             let bytes = pages::bytes(source, &found).map_err(QemuError::Pages)?;
             buffer.resize(bytes.len(), 0);
             each_part(places, found.0, buffer, |offset, part| {
@@ -154,8 +159,42 @@ pub(crate) fn check(
             )))
         },
     )?;
+    told.end();
     note(digest, &file);
     Ok(())
+}
+
+/// A phase that several threads do: the bytes that were begun, of all of the guest's.
+struct Told<'a> {
+    progress: &'a dyn Progress,
+    done: AtomicU64,
+    total: u64,
+}
+
+impl<'a> Told<'a> {
+    fn begin(progress: &'a dyn Progress, phase: WorkPhase, source: &dyn PageSource) -> Self {
+        let (done, total) = (AtomicU64::new(0), source.layout().bytes());
+        progress.begin(phase);
+        progress.tell(0, total);
+        Self {
+            progress,
+            done,
+            total,
+        }
+    }
+
+    fn add(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn tell(&self) {
+        self.progress
+            .tell(self.done.load(Ordering::Relaxed), self.total);
+    }
+
+    fn end(self) {
+        self.progress.tell(self.total, self.total);
+    }
 }
 
 /// All of the guest that the checkpoint has, and that is not zero.
@@ -195,6 +234,7 @@ pub(crate) fn make(
     places: &Places,
     bytes: u64,
     path: &Path,
+    progress: &dyn Progress,
 ) -> Result<(), QemuError> {
     let out = NewFile::create_new(path, Overwrite::Refuse)?;
     let writing = |source| QemuError::Io {
@@ -203,20 +243,24 @@ pub(crate) fn make(
         source,
     };
     out.file().set_len(bytes).map_err(writing)?;
-    for_each(
+    let told = Told::begin(progress, WorkPhase::Restoring, source);
+    for_each_told(
         threads(None),
         kept(source),
+        |_| told.tell(),
         || (),
         |(), found| {
             let found = found.map_err(QemuError::Pages)?;
+            told.add(found.0.len());
             let mut bytes = pages::bytes(source, &found).map_err(QemuError::Pages)?;
             each_part(places, found.0, &mut bytes, |offset, part| {
                 out.file().write_all_at(part, offset).map_err(writing)
             })
         },
     )?;
+    told.end();
     note(digest, out.file());
-    out.finish()?;
+    out.finish_told(progress)?;
     Ok(())
 }
 
@@ -296,28 +340,28 @@ mod tests {
             .unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("raw");
-        make(&source, 7, &places, 64 << 12, &path).unwrap();
+        make(&source, 7, &places, 64 << 12, &path, &None).unwrap();
         let raw = std::fs::read(&path).unwrap();
         assert_eq!(
             (&raw[..32 << 12], &raw[32 << 12..]),
             (&ram[32 << 12..], &ram[..32 << 12])
         );
-        check(&source, 7, &places, &path).unwrap();
+        check(&source, 7, &places, &path, &None).unwrap();
         // By its bytes.
-        check(&source, 8, &places, &path).unwrap();
-        check(&source, 8, &places, &path).unwrap();
+        check(&source, 8, &places, &path, &None).unwrap();
+        check(&source, 8, &places, &path, &None).unwrap();
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         // What the guest does not use may be anything.
         file.write_all_at(&[1], 1 << 12).unwrap();
-        check(&source, 8, &places, &path).unwrap();
+        check(&source, 8, &places, &path, &None).unwrap();
         // Before Linux 6.13 two writes of one tick have one time.
         std::thread::sleep(std::time::Duration::from_millis(20));
         file.write_all_at(&[1], 34 << 12).unwrap();
         for digest in [7, 8] {
-            let error = check(&source, digest, &places, &path).unwrap_err();
+            let error = check(&source, digest, &places, &path, &None).unwrap_err();
             assert!(error.to_string().contains("is not made of"), "{error}");
         }
         file.set_len(1).unwrap();
-        assert!(check(&source, 8, &places, &path).is_err());
+        assert!(check(&source, 8, &places, &path, &None).is_err());
     }
 }

@@ -3,14 +3,14 @@
 use crate::error::QemuError;
 use crate::find::Segment;
 use crate::shadow::{BLOCK, Hole, PAGE, Shadow};
-use sonicshot::work::for_each;
+use sonicshot::work::for_each_told;
 use sonicshot::{
-    Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, RamLayout, Tally,
-    to_u64,
+    Gpa, GpaRange, GuestMemory, Mapped, MemoryError, Processor, Processors, Progress, RamLayout,
+    Tally, to_u64,
 };
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The amount that is read around bytes that are asked for, in pages: 64 KiB. A kernel's records lie
 /// close
@@ -124,20 +124,39 @@ impl LiveMemory {
         threads: NonZeroUsize,
         go_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<bool, MemoryError> {
+        self.load_told(pages, threads, go_on, &None)
+    }
+
+    /// The same; `progress` is told of the bytes.
+    pub(crate) fn load_told(
+        &self,
+        pages: &[Range<usize>],
+        threads: NonZeroUsize,
+        go_on: &(dyn Fn() -> bool + Sync),
+        progress: &dyn Progress,
+    ) -> Result<bool, MemoryError> {
         let stopped = AtomicBool::new(false);
-        for_each(
+        let (loaded, total) = (AtomicU64::new(0), bytes_of(pages));
+        for_each_told(
             threads,
             by_block(pages),
+            |_| progress.tell(loaded.load(Ordering::Relaxed), total),
             || (),
             |(), (block, pages)| {
                 if stopped.load(Ordering::Relaxed) || !go_on() {
                     stopped.store(true, Ordering::Relaxed);
                     return Ok(());
                 }
-                self.fill(block, &pages)
+                self.fill(block, &pages)?;
+                loaded.fetch_add(bytes_of(&pages), Ordering::Relaxed);
+                Ok(())
             },
         )?;
-        Ok(!stopped.into_inner())
+        let all = !stopped.into_inner();
+        if all {
+            progress.tell(total, total);
+        }
+        Ok(all)
     }
 
     /// The bytes of memory that a copy of these pages takes beside what is taken already.
@@ -276,6 +295,12 @@ impl GuestMemory for AsItIs<'_> {
     fn processors(&self) -> Processors {
         self.0.processors()
     }
+}
+
+/// The bytes of these pages.
+pub(crate) fn bytes_of(pages: &[Range<usize>]) -> u64 {
+    let pages = pages.iter().map(|pages| to_u64(pages.len()));
+    pages.sum::<Tally>().times(to_u64(PAGE)).get()
 }
 
 /// Ranges of pages, in their order, as those of each block.

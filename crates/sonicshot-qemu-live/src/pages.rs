@@ -4,7 +4,7 @@ use crate::error::QemuError;
 use crate::find::Piece;
 use crate::stream::{PAGE, Stream};
 use sonicshot::work::map_in_order;
-use sonicshot::{Gpa, GpaRange, PageSize};
+use sonicshot::{Gpa, GpaRange, PageSize, PhaseProgress, Progress, WorkPhase};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
@@ -113,13 +113,15 @@ pub(crate) fn bytes(source: &dyn PageSource, found: &Found) -> Result<Vec<u8>, S
     }
 }
 
-/// Writes all pages that are not zero, and with `zeroes` the others too.
+/// Writes all pages that are not zero, and with `zeroes` the others too. `progress` is told of all of
+/// them.
 pub(crate) fn send_all(
     source: &dyn PageSource,
     places: &Places,
     stream: &mut Stream<impl Write>,
     zeroes: bool,
     threads: NonZeroUsize,
+    progress: &dyn Progress,
 ) -> Result<(), QemuError> {
     /// The amount that is sent at once of a word over and over.
     const AT_ONCE: u64 = 1 << 20;
@@ -142,6 +144,8 @@ pub(crate) fn send_all(
         other => Box::new(std::iter::once(other)),
     });
     let sending = QemuError::system("sending pages to QEMU");
+    let total = source.layout().bytes();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::Restoring, total);
     map_in_order(
         threads,
         parts,
@@ -156,13 +160,16 @@ pub(crate) fn send_all(
         },
         |done| {
             let (range, bytes) = done.map_err(QemuError::Pages)?;
+            phase.add(range.len());
             match bytes {
                 Some(bytes) => send_bytes(places, stream, range, &bytes).map_err(&sending),
                 None if zeroes => send_zeroes(places, stream, range).map_err(&sending),
                 None => Ok(()),
             }
         },
-    )
+    )?;
+    phase.end();
+    Ok(())
 }
 
 fn nowhere(range: &GpaRange) -> io::Error {

@@ -26,7 +26,7 @@ use crate::record::{Small, offsets};
 use crate::stream::{PAGE, Stream, device_sections};
 use crate::tables::RamBlock;
 use sonicshot::work::{Pool, with_pool};
-use sonicshot::{GpaRange, to_usize};
+use sonicshot::{Gpa, GpaRange, PhaseProgress, Progress, RamLayout, Tally, WorkPhase, to_usize};
 use sonicshot_serve::{Content, PageSource, ServeError};
 use std::collections::HashMap;
 use std::io::{self, BufWriter};
@@ -61,6 +61,8 @@ pub(crate) struct Server<'a> {
     pub page_sizes: u64,
     /// The number of threads that decompress, beside the one that sends.
     pub threads: NonZeroUsize,
+    /// Whoever is told how far it is, on the thread that sends.
+    pub progress: &'a dyn Progress,
 }
 
 fn invalid(what: &'static str) -> io::Error {
@@ -77,6 +79,14 @@ fn nowhere() -> QemuError {
 
 fn to_hear(error: io::Error) -> QemuError {
     QemuError::system("hearing what QEMU asks for")(error)
+}
+
+/// The bytes of RAM below `end`.
+fn below(layout: &RamLayout, end: Gpa) -> u64 {
+    let all = GpaRange::new(Gpa::ZERO, end);
+    let parts = layout.regions().iter();
+    let lens = parts.map(|region| region.intersection(&all).len());
+    lens.sum::<Tally>().get()
 }
 
 impl Server<'_> {
@@ -116,12 +126,17 @@ impl Server<'_> {
             unsent: 0,
             pool,
         };
+        let layout = self.source.layout();
+        let total = layout.bytes();
+        let mut phase = PhaseProgress::begin(self.progress, WorkPhase::Restoring, total);
         loop {
             out.answer()?;
             match ahead.next().map_err(QemuError::Pages)? {
                 Next::Ready(part) => {
                     for (range, held) in part {
                         out.range(range, &held)?;
+                        // What lies between is zero, and not sent.
+                        phase.reach(below(layout, range.end()));
                     }
                 }
                 Next::Waiting => {
@@ -136,6 +151,7 @@ impl Server<'_> {
         out.answer()?;
         out.stream.end_pages().map_err(&sending)?;
         out.stream.end_of_postcopy().map_err(&sending)?;
+        phase.end();
         out.wait_for_end()
     }
 
@@ -610,6 +626,7 @@ mod tests {
             machine: "pc",
             page_sizes: page_size,
             threads: threads(count),
+            progress: &None,
         };
         server.serve(ours)
     }

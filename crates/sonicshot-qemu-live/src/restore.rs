@@ -16,6 +16,7 @@ use rustix::fd::AsFd;
 use serde_json::{Value, json};
 use sonicshot::checkpoint::{CheckpointReader, GivenDisk, MovedOn};
 use sonicshot::work::threads;
+use sonicshot::{Progress, ProgressRelay};
 use sonicshot_serve::{CheckpointSource, Metrics};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -67,6 +68,8 @@ pub struct LiveRestoreOptions {
     /// The threads that read and decompress pages, beside the one that sends them; by default as many
     /// as there are cores. Where the system gives fewer, those do it, at worst the one that sends.
     pub threads: Option<NonZeroUsize>,
+    /// Whoever is told how far it is, also while a guest runs whose memory comes by postcopy.
+    pub progress: Option<Arc<dyn Progress>>,
 }
 
 impl LiveRestoreOptions {
@@ -108,6 +111,13 @@ impl LiveRestoreOptions {
     #[must_use]
     pub fn threads(mut self, threads: NonZeroUsize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
         self
     }
 }
@@ -184,6 +194,8 @@ pub fn restore(
         source,
         path,
         threads: threads(options.threads),
+        progress: options.progress,
+        relay: ProgressRelay::default(),
     };
     match &options.how {
         RestoreHow::Postcopy if !is_lazy => {
@@ -203,6 +215,9 @@ struct Guest<'a> {
     source: CheckpointSource<File>,
     path: &'a Path,
     threads: NonZeroUsize,
+    progress: Option<Arc<dyn Progress>>,
+    /// Told by the thread that sends the guest.
+    relay: ProgressRelay,
 }
 
 /// The blocks that are sent beside the guest's RAM, under the names that QEMU has now.
@@ -320,6 +335,7 @@ impl Guest<'_> {
             machine: &self.kept.record.machine,
             page_sizes: matched.page_sizes,
             threads: self.threads,
+            progress: &self.relay,
         };
         server.serve(out)
     }
@@ -354,9 +370,10 @@ impl Guest<'_> {
         let digest = self.source.reader().digest();
         if there {
             self.check_file(file, block.used)?;
-            map::check(&self.source, digest, &places, file)?;
+            map::check(&self.source, digest, &places, file, &self.progress)?;
         } else {
-            map::make(&self.source, digest, &places, block.used, file)?;
+            let progress = &self.progress;
+            map::make(&self.source, digest, &places, block.used, file, progress)?;
             made = Some(began.elapsed());
         }
         let began = Instant::now();
@@ -421,8 +438,10 @@ impl Guest<'_> {
                 let _ = ours.shutdown(std::net::Shutdown::Both);
                 written
             };
-            let load = || loaded(&mut qmp, || ready = began.elapsed());
+            let tell = || self.relay.pass_on(&self.progress);
+            let load = || loaded(&mut qmp, &tell, || ready = began.elapsed());
             let (written, loaded) = at_once(write, load);
+            tell();
             match written {
                 // QEMU was ended for it.
                 Err(error @ QemuError::Pages(_)) => Err(error),
@@ -557,6 +576,7 @@ impl Guest<'_> {
             &mut stream,
             zeroes,
             self.threads,
+            &self.relay,
         )?;
         self.write_end(stream).map_err(&sending)
     }
@@ -626,10 +646,11 @@ fn unlike(saved: &RamBlock, pieces: &[Piece], theirs: &[(&RamBlock, Vec<Piece>)]
     ))
 }
 
-/// Waits until QEMU has taken all of it; `ready` is told when the guest can run.
-fn loaded(qmp: &mut Qmp, ready: impl FnOnce()) -> Result<(), QemuError> {
+/// Waits until QEMU has taken all of it; `tell` is called meanwhile, `ready` when the guest can run.
+fn loaded(qmp: &mut Qmp, tell: &dyn Fn(), ready: impl FnOnce()) -> Result<(), QemuError> {
     let mut ready = Some(ready);
     loop {
+        tell();
         let answer = qmp.run("query-migrate", Value::Null)?;
         match answer.get("status").and_then(Value::as_str) {
             Some("completed") => {

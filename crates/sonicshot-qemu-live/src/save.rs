@@ -3,7 +3,7 @@
 use crate::disks::{Disks, OnPinned, PinnedDisk};
 use crate::error::QemuError;
 use crate::find::{self, Blocks, Found};
-use crate::memory::{AsItIs, LiveMemory};
+use crate::memory::{AsItIs, LiveMemory, bytes_of};
 use crate::process::Process;
 use crate::qmp::{PATIENCE, QemuVersion, Qmp, Until};
 use crate::record::{self, Block, Record};
@@ -17,7 +17,9 @@ use sonicshot::checkpoint::{
     CheckpointInfo, CheckpointWriter, DiskHash, OnDisks, SaveOptions, SaveStats,
 };
 use sonicshot::work::threads;
-use sonicshot::{DropClasses, GpaRange, GuestMemory, PageSize, PrunePlan, Stop};
+use sonicshot::{
+    DropClasses, GpaRange, GuestMemory, PageSize, Progress, PrunePlan, Stop, WorkPhase,
+};
 use sonicshot_dump::{DiskImage, NewFile, Overwrite, available_memory};
 use sonicshot_vmi::{Analysis, AnalysisOptions, GuestOptions, Note, VmiError, analyze};
 use std::fs::File;
@@ -59,7 +61,9 @@ pub enum AfterSave {
 pub struct LiveSaveOptions {
     /// The state that it is left in.
     pub after: AfterSave,
-    /// Options for writing the checkpoint, and who is told how far it is.
+    /// Options for writing the checkpoint, and who is told how far it is: from the first look on. While
+    /// the guest is paused by the save, they are told of nothing but bytes that are copied, and should
+    /// return at once.
     pub writing: SaveOptions,
     /// Whether a file that exists is replaced.
     pub overwrite: Overwrite,
@@ -254,6 +258,7 @@ pub fn save(monitor: &Path, path: &Path, options: LiveSaveOptions) -> Result<Liv
     let began = Instant::now();
     let out = NewFile::create_new(path, options.overwrite)?;
     let mut session = Session::open(monitor, options)?;
+    session.tell_of_copy();
     let before_pause = began.elapsed();
     let paused = session.pause()?;
     let frozen = session.frozen(paused);
@@ -263,7 +268,7 @@ pub fn save(monitor: &Path, path: &Path, options: LiveSaveOptions) -> Result<Liv
             // It was read until now.
             session.still_paused()?;
         }
-        out.finish()?;
+        out.finish_told(&session.options.writing.progress)?;
         Ok((frozen, stats))
     });
     let (frozen, stats) = match written {
@@ -418,9 +423,23 @@ impl Session {
     }
 
     fn looking_until(&self, until: &Until) -> AnalysisOptions {
+        let mut looking = self.looking.clone();
+        // Whoever is told must not hold up a guest that waits.
+        if let (Some(progress), false) = (&self.options.writing.progress, self.paused) {
+            looking = looking.progress(Arc::clone(progress));
+        }
         match until.end() {
-            Some(end) => self.looking.clone().stop(Stop::at(end)),
-            None => self.looking.clone(),
+            Some(end) => looking.stop(Stop::at(end)),
+            None => looking,
+        }
+    }
+
+    /// Tells that a guest that runs is copied next, and how much that is likely to be.
+    fn tell_of_copy(&self) {
+        let progress = &self.options.writing.progress;
+        if self.running == Running::Yes {
+            progress.begin(WorkPhase::Copying);
+            progress.tell(0, bytes_of(&self.expected));
         }
     }
 
@@ -587,7 +606,9 @@ impl Session {
         if self.running == Running::Yes {
             let kept = self.kept(&plan);
             self.check_room(&kept)?;
-            if !self.memory.load(&kept, self.threads, &go_on)? {
+            let progress = &self.options.writing.progress;
+            let load = self.memory.load_told(&kept, self.threads, &go_on, progress);
+            if !load? {
                 return Err(self.too_long("copying its memory"));
             }
         }

@@ -334,7 +334,7 @@ pub enum ServeError {
     #[error("the process that has connected cannot be held on to")]
     PeerGone(#[source] io::Error),
     /// As many virtual machines as there were to be have been served.
-    #[error("this server was for so many virtual machines, and they have come")]
+    #[error("this server has served as many virtual machines as it was started for")]
     Late,
     /// The same `userfaultfd` came by another connection.
     #[error("the userfaultfd is served already, by another connection")]
@@ -352,8 +352,8 @@ pub enum ServeError {
     },
     /// The process that would end the virtual machines is gone, or has not taken one in.
     #[error(
-        "the watcher process has not taken it in: nothing would end the virtual machine if this \
-         server died"
+        "the watcher process does not watch the virtual machine: nothing would end it if this server \
+         died"
     )]
     NoWatcher(#[source] io::Error),
     /// The files that a snapshot would have to hold for Cloud Hypervisor are not there, or cannot be served.
@@ -386,7 +386,8 @@ pub enum ServeError {
     },
     /// Cloud Hypervisor's configuration and the snapshot's memory are of different guests.
     #[error(
-        "the snapshot's memory at {at} is in no slot of Cloud Hypervisor's configuration: they are          of different guests"
+        "the snapshot's memory at {at} is in no slot of Cloud Hypervisor's configuration: they are \
+         of different guests"
     )]
     NotInSlot {
         /// The address.
@@ -438,7 +439,9 @@ pub enum ServeError {
         len: u64,
     },
     /// Another process took the second connection.
-    #[error("process {first} took the first connection, and process {second} the second")]
+    #[error(
+        "the connections came from different processes, {first} and {second}: one virtual machine is one process"
+    )]
     OtherPeer {
         /// The process that took the first.
         first: i32,
@@ -446,15 +449,15 @@ pub enum ServeError {
         second: i32,
     },
     /// The record that another server has kept of a virtual machine cannot be gone on with.
-    #[error("what the server before has kept of a virtual machine cannot be used: {why}")]
+    #[error("what the previous server kept of a virtual machine cannot be used: {why}")]
     Kept {
         /// The reason.
         why: &'static str,
     },
     /// The server before served something else.
     #[error(
-        "the server before served another snapshot ({found}): its virtual machines would read what \
-         is not their own"
+        "the previous server served another snapshot ({found}): its virtual machines would read \
+         another guest's memory"
     )]
     OtherSource {
         /// The mark that tells that from others.
@@ -486,7 +489,7 @@ pub enum ServeError {
         what: &'static str,
     },
     /// A working set is of another guest.
-    #[error("{} was recorded of a guest with other memory: it has {at}", path.display())]
+    #[error("{} was recorded of another guest: its page at {at} is not in this snapshot", path.display())]
     SetOfAnother {
         /// The file.
         path: PathBuf,

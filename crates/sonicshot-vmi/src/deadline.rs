@@ -58,7 +58,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(1));
         let error = over.check("pages", 1, 2).unwrap_err();
         assert!(matches!(error, VmiError::OutOfTime { .. }));
-        let text = "pages: 1 of 2 were looked at, and 0 s were over";
+        let text = "pages: gave up after 0 s, with 1 of 2 looked at";
         assert_eq!(error.to_string(), text);
     }
 }

@@ -17,8 +17,8 @@ pub enum VmiError {
     /// There are records of free pages, but no page tables that lead to them: of a kernel whose
     /// page tables are elsewhere, or are not where the memory is taken to lie.
     #[error(
-        "{records} records of free pages look like a Linux kernel's, and none of {tables} page \
-         tables leads to them ({tried})"
+        "{records} records of free pages look like a Linux kernel's, but none of {tables} candidate \
+         page tables maps them ({tried})"
     )]
     NoTables {
         /// The number of records.
@@ -109,7 +109,7 @@ pub enum VmiError {
         what: &'static str,
     },
     /// The rest of a kernel that is gone, or one that is not whole.
-    #[error("the kernel that was found is gone: {what}")]
+    #[error("the kernel that was found is stale: {what}")]
     Stale {
         /// The evidence.
         what: String,
@@ -148,7 +148,7 @@ pub enum VmiError {
         at: Gpa,
     },
     /// Nothing in the memory would show whether the machine was reset since.
-    #[error("nothing tells whether kernel {kernel} still owns the memory: {why}")]
+    #[error("it cannot be told whether kernel {kernel} still owns the memory: {why}")]
     OwnerUntold {
         /// The release of the kernel that was found.
         kernel: String,
@@ -156,7 +156,7 @@ pub enum VmiError {
         why: String,
     },
     /// A search of the guest's records was ended: there was more to look at than there was time.
-    #[error("{what}: {done} of {all} were looked at, and {seconds} s were over")]
+    #[error("{what}: gave up after {seconds} s, with {done} of {all} looked at")]
     OutOfTime {
         /// The thing that was looked at.
         what: &'static str,
@@ -168,7 +168,7 @@ pub enum VmiError {
         seconds: u64,
     },
     /// The guest has more of something than any that is whole.
-    #[error("{found} {what}, and at most {most} are looked at")]
+    #[error("found {found} {what}, more than the limit of {most}")]
     TooMany {
         /// The things of which there are too many.
         what: &'static str,

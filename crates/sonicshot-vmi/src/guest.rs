@@ -690,7 +690,7 @@ mod tests {
             (guest.origin, memory.1.into_inner())
         };
         let regions = MappedRegions::new(vec![(Gpa::ZERO, GuestBytes::from_slice(ram()))]);
-        let own = find_vmcoreinfo(&regions.unwrap()).unwrap().unwrap();
+        let own = find_vmcoreinfo(&regions.unwrap(), &None).unwrap().unwrap();
         let origin = format!("VMCOREINFO at {own}");
         let (by_search, searched) = found(ram(), None);
         assert!(by_search == origin && searched > 0);

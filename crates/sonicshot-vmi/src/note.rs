@@ -381,7 +381,7 @@ mod tests {
                     kernel: "6.1".into(),
                     why: "w".into(),
                 },
-                "nothing tells whether kernel 6.1 still owns the memory: w",
+                "it cannot be told whether kernel 6.1 still owns the memory: w",
             ),
         ]);
     }

@@ -37,7 +37,7 @@ pub use domain::LiveDomain;
 pub use error::LiveError;
 pub use ffi::Xen;
 pub use filter::{FrameRuns, SaveFilter, path_of};
-pub use restore::restore;
+pub use restore::{RestoreOptions, restore};
 pub use save::{AfterSave, Compress, FirstLook, Look, Looked, SaveOptions, Saved, save};
 pub use sonicshot_offline::packed::ImageCompression;
 

@@ -3,28 +3,71 @@
 use crate::LiveError;
 use crate::copied::PIECE;
 use crate::filter::attach_large_pages;
-use crate::save::half_of_memory;
+use crate::save::{half_of_memory, watched};
 use crate::xl::Xl;
 use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, fadvise};
 use rustix::pipe::fcntl_setpipe_size;
+use sonicshot::{Progress, WorkPhase};
 use sonicshot_offline::packed::{self, ImageCompression};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::thread;
 
 /// The name by which `xl` opens its own standard input.
 const STDIN: &str = "/proc/self/fd/0";
 
-/// Has `xl` restore the image at `path`, which [`save`](crate::save) may have compressed. `options`
-/// go to `xl restore`, before its file.
+/// Options for restoring a domain.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    /// Whether it stays paused.
+    pub paused: bool,
+    /// More words for `xl restore`, before its file.
+    pub xl: Vec<String>,
+    /// Whoever is told how far it is, in bytes of a compressed image: how much `xl` has taken of
+    /// another one it does not say.
+    pub progress: Option<Arc<dyn Progress>>,
+}
+
+impl RestoreOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says whether the domain stays paused.
+    #[must_use]
+    pub fn paused(mut self, paused: bool) -> Self {
+        self.paused = paused;
+        self
+    }
+
+    /// Adds words for `xl restore`.
+    #[must_use]
+    pub fn xl(mut self, words: impl IntoIterator<Item = String>) -> Self {
+        self.xl.extend(words);
+        self
+    }
+
+    /// Says who is told how far it is.
+    #[must_use]
+    pub fn progress(mut self, progress: Arc<dyn Progress>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+/// Has `xl` restore the image at `path`, which [`save`](crate::save) may have compressed.
 ///
 /// # Errors
 /// [`LiveError`] if the image cannot be read or decompressed, or what `xl` says.
-pub fn restore(path: &Path, paused: bool, options: &[String]) -> Result<(), LiveError> {
+pub fn restore(path: &Path, options: &RestoreOptions) -> Result<(), LiveError> {
     let reading = |source| LiveError::Io {
         action: "reading",
         path: path.to_owned(),
@@ -35,10 +78,10 @@ pub fn restore(path: &Path, paused: bool, options: &[String]) -> Result<(), Live
     file.read_exact(&mut start).map_err(reading)?;
     file.rewind().map_err(reading)?;
     let mut words = vec!["restore"];
-    if paused {
+    if options.paused {
         words.push("-p");
     }
-    words.extend(options.iter().map(String::as_str));
+    words.extend(options.xl.iter().map(String::as_str));
     words.push(STDIN);
     let mut xl = Xl::new(&words)?;
     let _library = attach_large_pages(&mut xl.command)?;
@@ -51,7 +94,16 @@ pub fn restore(path: &Path, paused: bool, options: &[String]) -> Result<(), Live
                 xl.command.stdin(file);
                 xl.run().map(drop)
             }),
-            Some(how) => unpack(xl, how, &file, reading),
+            Some(how) => {
+                let len = file.metadata().map_or(0, |file| file.len());
+                options.progress.begin(WorkPhase::Restoring);
+                // Where it is read is where it has come to.
+                let tell = || {
+                    let at = (&file).stream_position().map_or(0, |at| at.min(len));
+                    options.progress.tell(at, len);
+                };
+                watched(&tell, || unpack(xl, how, &file, reading))
+            }
         };
         ended.store(true, Ordering::Relaxed);
         restored

@@ -6,8 +6,11 @@ use crate::watcher::Watcher;
 use crate::xl::Xl;
 use crate::{Choice, DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
 use rustix::pipe::fcntl_setpipe_size;
-use sonicshot::{DropClasses, Gpa, GuestMemory, PageSize, Progress, Stop, Stoppable, Tally};
-use sonicshot_dump::{Dump, NewFile, Overwrite, available_memory};
+use sonicshot::{
+    DropClasses, Gpa, GuestMemory, PageSize, Progress, ProgressRelay, Stop, Stoppable, Tally,
+    WorkPhase,
+};
+use sonicshot_dump::{DumpOptions, NewFile, Overwrite, available_memory};
 use sonicshot_offline::packed::{self, ImageCompression};
 use sonicshot_vmi::{AnalysisOptions, GuestOptions, Note, analyze, find_vmcoreinfo};
 use std::fs::File;
@@ -70,7 +73,7 @@ pub struct SaveOptions {
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
     pub symbols: Vec<PathBuf>,
-    /// Whoever is told how far it is, in bytes of the image.
+    /// Whoever is told how far it is: of the looks at the domain, then in bytes of the image.
     pub progress: Option<Arc<dyn Progress>>,
 }
 
@@ -235,11 +238,18 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
         options,
         compression,
         path,
+        relay: Arc::default(),
         expected: AtomicU64::new(0),
     };
-    let written = watched(out.file(), &work.expected, &options.progress, || {
-        work.write(&out)
-    });
+    let tell = || {
+        // Before the relay, which is told first that the image begins.
+        let total = work.expected.load(Ordering::Acquire);
+        work.relay.pass_on(&options.progress);
+        if let (1.., Ok(file)) = (total, out.file().metadata()) {
+            options.progress.tell(file.len(), total);
+        }
+    };
+    let written = watched(&tell, || work.write(&out));
     let Written {
         first_look,
         looked,
@@ -247,11 +257,14 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
         watcher,
         ended,
     } = written?;
+    if let total @ 1.. = work.expected.load(Ordering::Relaxed) {
+        options.progress.tell(total, total);
+    }
     let file_bytes = out.file().metadata().map_or(0, |file| file.len());
     // The domain stays paused until the image is on the disk and has its name.
     let finished = packed
         .and_then(|()| work.check(&out))
-        .and_then(|()| Ok(out.finish()?));
+        .and_then(|()| Ok(out.finish_told(&options.progress)?));
     drop(watcher);
     let id = domain.to_string();
     let gone = options.after == AfterSave::Destroy;
@@ -288,11 +301,9 @@ pub(crate) fn half_of_memory() -> u64 {
     available_memory().map_or(0, |bytes| bytes >> 1)
 }
 
-/// Tells how long `file` is while `work` writes it, once it is known what to expect.
-fn watched<T: Send>(
-    file: &File,
-    expected: &AtomicU64,
-    progress: &dyn Progress,
+/// Calls `tell` now and then while another thread does `work`, and once more behind it.
+pub(crate) fn watched<T: Send>(
+    tell: &dyn Fn(),
     work: impl FnOnce() -> Result<T, LiveError> + Send,
 ) -> Result<T, LiveError> {
     let watching = thread::current();
@@ -304,12 +315,10 @@ fn watched<T: Send>(
         });
         let working = working.map_err(no_thread)?;
         while !working.is_finished() {
-            match expected.load(Ordering::Relaxed) {
-                0 => {}
-                total => progress.tell(file.metadata().map_or(0, |file| file.len()), total),
-            }
+            tell();
             thread::park_timeout(EVERY);
         }
+        tell();
         Ok::<_, LiveError>(working.join())
     });
     done?.unwrap_or_else(|panic| resume_unwind(panic))
@@ -356,6 +365,8 @@ struct Work<'a> {
     compression: Option<ImageCompression>,
     /// The image's name in messages.
     path: &'a Path,
+    /// Told by the thread that looks at the domain, which waits for nobody.
+    relay: Arc<ProgressRelay>,
     /// The longest that the image will be; 0 while that is not known.
     expected: AtomicU64,
 }
@@ -467,7 +478,8 @@ impl<'a> Work<'a> {
             let result = self.look(domain, &before);
             let frames = match &result {
                 Ok(look) => {
-                    self.expected.store(look.kept_bytes(), Ordering::Relaxed);
+                    self.relay.begin(WorkPhase::Saving);
+                    self.expected.store(look.kept_bytes(), Ordering::Release);
                     look.frames.clone()
                 }
                 Err(_) => FrameRuns::default(),
@@ -522,7 +534,7 @@ impl<'a> Work<'a> {
         let stop = Instant::now().checked_add(LOOKING);
         let stop = stop.map_or_else(Stop::new, Stop::at);
         let memory = Stoppable::new(&domain, stop);
-        find_vmcoreinfo(&memory).map_err(|source| LiveError::Memory {
+        find_vmcoreinfo(&memory, &*self.relay).map_err(|source| LiveError::Memory {
             domain: self.domain,
             source,
         })
@@ -538,6 +550,7 @@ impl<'a> Work<'a> {
         };
         let options = before.options.clone();
         let options = AnalysisOptions::new().guest(options).zero_pages(false);
+        let options = options.progress(Arc::clone(&self.relay) as Arc<dyn Progress>);
         let guest = analyze(&domain, &options).map_err(failed)?;
         let frames = domain.dropped(&guest.plan(&DropClasses::default()));
         Ok(Look {
@@ -558,7 +571,9 @@ impl<'a> Work<'a> {
             // What is wrong with that is told when it is done in the end; without a thread it is done
             // then.
             let _ = thread::Builder::new().spawn_scoped(scope, || out.file().sync_data());
-            Dump::open(path_of(out.file()), None)
+            let mut options = DumpOptions::new();
+            options.progress.clone_from(&self.options.progress);
+            options.open(path_of(out.file()))
         })?;
         Ok(())
     }

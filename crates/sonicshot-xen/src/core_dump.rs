@@ -3,8 +3,11 @@
 
 use crate::cursor::Cursor;
 use crate::page_data::{MAX_FRAME, PAGE};
-use crate::{DomainKind, Within, XenError};
-use sonicshot::{Bytes, FileBytes, FileOffset, Mfn, P2m, Pfn, PfnRange, to_u64};
+use crate::{DomainKind, ParseOptions, Within, XenError};
+use sonicshot::{
+    Bytes, FileBytes, FileOffset, Mfn, P2m, Pfn, PfnRange, PhaseProgress, Progress, WorkPhase,
+    to_u64,
+};
 
 /// 64-bit, little-endian: the two bytes behind the magic.
 const CLASS_AND_ORDER: u16 = 0x0102;
@@ -74,6 +77,14 @@ impl CoreDump {
     /// # Errors
     /// [`XenError`] if it is none, or contradicts itself.
     pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
+        Self::parse_with(data, &ParseOptions::new())
+    }
+
+    /// The same, with options. The bytes that are told of are those of the table of frames.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub fn parse_with(data: FileBytes<'_>, options: &ParseOptions) -> Result<Self, XenError> {
         let sections = Sections::read(data)?;
         let notes = Notes::read(sections.open(NOTE_SECTION, NOTE)?)?;
         let pages = sections.open(PAGES_SECTION, PROGBITS)?;
@@ -84,7 +95,7 @@ impl CoreDump {
                 pages.left(),
             ));
         }
-        let frames = frames(&sections, &notes)?;
+        let frames = frames(&sections, &notes, &options.progress)?;
         let p2m = match notes.kind {
             DomainKind::Pv => {
                 let table = sections.open(P2M_SECTION, PROGBITS)?;
@@ -191,7 +202,11 @@ impl<'a> Sections<'a> {
     fn read(data: FileBytes<'a>) -> Result<Self, XenError> {
         let mut cursor = Cursor::new(data);
         if !CoreDump::is_core(data) {
-            return Err(cursor.malformed("no core of Xen", FileOffset::ZERO, data.byte_len()));
+            return Err(cursor.malformed(
+                "missing ELF header of a Xen core",
+                FileOffset::ZERO,
+                data.byte_len(),
+            ));
         }
         cursor.seek(FileOffset::new(18));
         let machine = cursor.le()?;
@@ -201,7 +216,7 @@ impl<'a> Sections<'a> {
         let at = cursor.offset();
         let size: u16 = cursor.le()?;
         if size != SECTION_HEADER {
-            return Err(cursor.malformed("the size of a section header", at, size.into()));
+            return Err(cursor.malformed("invalid size of a section header", at, size.into()));
         }
         let count: u16 = cursor.le()?;
         let named_at = cursor.offset();
@@ -213,7 +228,7 @@ impl<'a> Sections<'a> {
         }
         let section = headers.get(usize::from(names)).filter(|s| s.kind == STRTAB);
         let section = section.ok_or_else(|| {
-            cursor.malformed("the section with the names", named_at, names.into())
+            cursor.malformed("invalid section with the names", named_at, names.into())
         })?;
         cursor.within = Within::Section(NAMES_SECTION);
         cursor.seek(section.offset);
@@ -241,7 +256,11 @@ impl<'a> Sections<'a> {
         let section = section.ok_or(XenError::NotOneSection { name, count })?;
         let mut file = Cursor::at(self.data, Within::Section(name), section.offset);
         if section.kind != kind {
-            return Err(file.malformed("the section's type", section.at, section.kind.into()));
+            return Err(file.malformed(
+                "invalid type of the section",
+                section.at,
+                section.kind.into(),
+            ));
         }
         file.take(section.len)?;
         // What was just taken ends inside.
@@ -304,13 +323,13 @@ fn core_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, u64, u64), XenErr
     let kind = match cursor.le::<u64>()? {
         MAGIC_PV => DomainKind::Pv,
         MAGIC_HVM => DomainKind::Hvm,
-        other => return Err(cursor.malformed("the kind of the domain", at, other)),
+        other => return Err(cursor.malformed("invalid kind of the domain", at, other)),
     };
     let (vcpus, pages) = (cursor.le()?, cursor.le()?);
     let at = cursor.offset();
     let size: u64 = cursor.le()?;
     if size != PAGE {
-        return Err(cursor.malformed("the size of a page", at, size));
+        return Err(cursor.malformed("invalid size of a page", at, size));
     }
     Ok((kind, vcpus, pages))
 }
@@ -319,13 +338,17 @@ fn format_version(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
     let at = cursor.offset();
     let version: u64 = cursor.le()?;
     if version >> 32 != FORMAT {
-        return Err(cursor.malformed("the version of the format", at, version));
+        return Err(cursor.malformed("invalid version of the format", at, version));
     }
     Ok(())
 }
 
 /// The frames that the pages are, in their order; of an HVM domain the second number is the first.
-fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, XenError> {
+fn frames(
+    sections: &Sections<'_>,
+    notes: &Notes,
+    progress: &dyn Progress,
+) -> Result<Vec<(Pfn, Mfn)>, XenError> {
     let (name, entry) = match notes.kind {
         DomainKind::Pv => (P2M_SECTION, 16),
         DomainKind::Hvm => (PFN_SECTION, 8),
@@ -336,7 +359,9 @@ fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, Xen
     }
     let mut frames: Vec<(Pfn, Mfn)> = Vec::new();
     let mut ended = false;
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, table.left());
     while table.left() > 0 {
+        phase.add(entry);
         let at = table.offset();
         let pfn = table.le::<u64>()?;
         let mfn = match notes.kind {
@@ -349,7 +374,7 @@ fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, Xen
         }
         let wrong = |what| Err(table.malformed(what, at, pfn.max(mfn)));
         if pfn.max(mfn) >= MAX_FRAME {
-            return wrong("the number of a page");
+            return wrong("invalid number of a page");
         }
         if ended {
             return wrong("a page behind those that are none");
@@ -359,6 +384,7 @@ fn frames(sections: &Sections<'_>, notes: &Notes) -> Result<Vec<(Pfn, Mfn)>, Xen
         }
         frames.push((Pfn::new(pfn), Mfn::new(mfn)));
     }
+    phase.end();
     Ok(frames)
 }
 

@@ -45,7 +45,7 @@ impl fmt::Display for Place {
 #[non_exhaustive]
 pub enum XenError {
     /// The file, or a section of it, ends too early.
-    #[error("it is cut off {place}: {wanted} bytes are wanted, {left} are left")]
+    #[error("truncated {place}: {wanted} bytes expected, {left} left")]
     Truncated {
         /// The place.
         place: Place,
@@ -73,7 +73,7 @@ pub enum XenError {
         place: Place,
     },
     /// A section of a core is missing, or there is another of the same name.
-    #[error("there are {count} sections {name}, not one")]
+    #[error("found {count} sections {name}, expected one")]
     NotOneSection {
         /// Its name.
         name: &'static str,
@@ -81,7 +81,7 @@ pub enum XenError {
         count: u64,
     },
     /// The table of a PV guest's frames is none.
-    #[error("the frames {place} cannot be")]
+    #[error("invalid frame numbers {place}")]
     Frames {
         /// The place of the table.
         place: Place,

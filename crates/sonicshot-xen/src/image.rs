@@ -3,8 +3,8 @@
 use crate::cursor::Cursor;
 use crate::frames::{Frame, Frames};
 use crate::page_data::{PageData, table_of};
-use crate::{Record, XenError};
-use sonicshot::{Bytes, FileBytes, FileOffset, FileRange};
+use crate::{ParseOptions, Record, XenError};
+use sonicshot::{Bytes, FileBytes, FileOffset, FileRange, PhaseProgress, Progress, WorkPhase};
 
 /// The beginning of an image.
 pub const MAGIC: &[u8; 32] = b"Xen saved domain, xl format\n \0 \r";
@@ -102,10 +102,24 @@ impl XlImage {
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
-        Self::parse_with(data, Pages::Inside)
+        Self::parse_with(data, &ParseOptions::new())
     }
 
-    pub(crate) fn parse_with(data: FileBytes<'_>, pages: Pages) -> Result<Self, XenError> {
+    /// The same, with options.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub fn parse_with(data: FileBytes<'_>, options: &ParseOptions) -> Result<Self, XenError> {
+        Self::read(data, Pages::Inside, &options.progress)
+    }
+
+    pub(crate) fn read(
+        data: FileBytes<'_>,
+        pages: Pages,
+        progress: &dyn Progress,
+    ) -> Result<Self, XenError> {
+        let total = data.byte_len();
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, total);
         let mut cursor = Cursor::new(data);
         let outermost = if cursor.is_at(LIBXC_MAGIC) {
             Layer::Libxc
@@ -116,13 +130,18 @@ impl XlImage {
             Layer::Xl
         };
         let image = match outermost {
-            Layer::Libxc => Self::libxc_stream(&mut cursor, pages)?,
-            Layer::Xl | Layer::Libxl => Self::libxl_stream(&mut cursor, pages)?,
+            Layer::Libxc => Self::libxc_stream(&mut cursor, pages, &mut phase)?,
+            Layer::Xl | Layer::Libxl => Self::libxl_stream(&mut cursor, pages, &mut phase)?,
         };
+        phase.end();
         Ok(Self { outermost, ..image })
     }
 
-    fn libxl_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
+    fn libxl_stream(
+        cursor: &mut Cursor<'_>,
+        pages: Pages,
+        phase: &mut PhaseProgress<'_>,
+    ) -> Result<Self, XenError> {
         libxl_header(cursor)?;
         let mut image = None;
         // Each turn reads a header, so that this ends with the file.
@@ -136,12 +155,12 @@ impl XlImage {
                 }
                 LIBXL_CONTEXT if len != 0 => {
                     return Err(cursor.malformed(
-                        "the length of the memory image's record",
+                        "invalid length of the memory image's record",
                         at,
                         len.into(),
                     ));
                 }
-                LIBXL_CONTEXT => image = Some(Self::libxc_stream(cursor, pages)?),
+                LIBXL_CONTEXT => image = Some(Self::libxc_stream(cursor, pages, phase)?),
                 LIBXL_CHECKPOINT_END => return Err(cursor.unsupported(CHECKPOINTED, at)),
                 LIBXL_END => break,
                 _ => {
@@ -152,7 +171,11 @@ impl XlImage {
         image.ok_or_else(|| cursor.malformed("no memory image before the end", cursor.offset(), 0))
     }
 
-    fn libxc_stream(cursor: &mut Cursor<'_>, pages: Pages) -> Result<Self, XenError> {
+    fn libxc_stream(
+        cursor: &mut Cursor<'_>,
+        pages: Pages,
+        phase: &mut PhaseProgress<'_>,
+    ) -> Result<Self, XenError> {
         let (kind, xen) = libxc_header(cursor)?;
         let mut records = Vec::new();
         let mut frames = Frames::default();
@@ -162,7 +185,7 @@ impl XlImage {
             let offset = cursor.offset();
             let (record_kind, len): (u32, u32) = (cursor.le()?, cursor.le()?);
             if len > MAX_RECORD {
-                return Err(cursor.malformed("the length of a record", offset, len.into()));
+                return Err(cursor.malformed("invalid length of a record", offset, len.into()));
             }
             let begins = cursor.offset();
             let stored = match (record_kind, pages) {
@@ -194,7 +217,7 @@ impl XlImage {
                 P2M_FRAMES if kind == DomainKind::Pv => {
                     let last = body.le_at::<u32>(4).map(u64::from);
                     let last = last.filter(|_| record.len >= 8).ok_or_else(|| {
-                        cursor.malformed("the length of P2M_FRAMES", offset, record.len.into())
+                        cursor.malformed("invalid length of P2M_FRAMES", offset, record.len.into())
                     })?;
                     frames.set_last(last);
                 }
@@ -202,6 +225,7 @@ impl XlImage {
                 _ => {}
             }
             records.push(record);
+            phase.reach(cursor.offset().raw());
             if record.kind == END {
                 break;
             }
@@ -261,12 +285,12 @@ const CHECKPOINTED: &str = "a checkpointed stream (Remus, COLO)";
 fn xl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
     let magic: [u8; 32] = cursor.array()?;
     if &magic != MAGIC {
-        return Err(cursor.malformed("the magic of an xl image", FileOffset::ZERO, 0));
+        return Err(cursor.malformed("invalid magic of an xl image", FileOffset::ZERO, 0));
     }
     let at = cursor.offset();
     let order = cursor.le::<u32>()?;
     if order != BYTE_ORDER {
-        return Err(cursor.malformed("the byte order", at, order.into()));
+        return Err(cursor.malformed("invalid byte order", at, order.into()));
     }
     let at = cursor.offset();
     let mandatory = cursor.le::<u32>()?;
@@ -287,12 +311,12 @@ fn libxl_header(cursor: &mut Cursor<'_>) -> Result<(), XenError> {
     let magic: [u8; 8] = cursor.array()?;
     if &magic != LIBXL_MAGIC {
         let value = u64::from_be_bytes(magic);
-        return Err(cursor.malformed("the magic of the libxl stream", at, value));
+        return Err(cursor.malformed("invalid magic of the libxl stream", at, value));
     }
     let at = cursor.offset();
     let version = cursor.be::<u32>()?;
     if version != LIBXL_VERSION {
-        return Err(cursor.malformed("the version of the libxl stream", at, version.into()));
+        return Err(cursor.malformed("invalid version of the libxl stream", at, version.into()));
     }
     let at = cursor.offset();
     let options = cursor.be::<u32>()?;
@@ -306,12 +330,12 @@ fn libxc_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, (u32, u32)), Xen
     let at = cursor.offset();
     let magic: [u8; 12] = cursor.array()?;
     if &magic != LIBXC_MAGIC {
-        return Err(cursor.malformed("the magic of the libxc stream", at, 0));
+        return Err(cursor.malformed("invalid magic of the libxc stream", at, 0));
     }
     let at = cursor.offset();
     let version = cursor.be::<u32>()?;
     if !LIBXC_VERSIONS.contains(&version) {
-        return Err(cursor.malformed("the version of the libxc stream", at, version.into()));
+        return Err(cursor.malformed("invalid version of the libxc stream", at, version.into()));
     }
     let at = cursor.offset();
     let options: u16 = cursor.be()?;
@@ -323,12 +347,12 @@ fn libxc_header(cursor: &mut Cursor<'_>) -> Result<(DomainKind, (u32, u32)), Xen
     let kind = match cursor.le::<u32>()? {
         PV => DomainKind::Pv,
         HVM => DomainKind::Hvm,
-        other => return Err(cursor.malformed("the kind of the domain", at, other.into())),
+        other => return Err(cursor.malformed("invalid kind of the domain", at, other.into())),
     };
     let at = cursor.offset();
     let shift = cursor.le::<u16>()?;
     if shift != PAGE_SHIFT {
-        return Err(cursor.malformed("the size of a page", at, shift.into()));
+        return Err(cursor.malformed("invalid size of a page", at, shift.into()));
     }
     cursor.take(2)?;
     Ok((kind, (cursor.le()?, cursor.le()?)))

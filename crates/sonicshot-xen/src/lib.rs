@@ -44,6 +44,7 @@ mod frames;
 #[cfg(feature = "__guarded")]
 mod guarded;
 mod image;
+mod options;
 mod page_data;
 mod prune;
 mod record;
@@ -55,6 +56,7 @@ pub use error::{Place, Within, XenError};
 pub use frame_type::FrameType;
 pub use frames::Frame;
 pub use image::{DomainKind, Layer, MAGIC, XlImage};
+pub use options::ParseOptions;
 pub use prune::{Dropped, Part};
 pub use record::Record;
 pub use skeleton::{Joined, Skeleton};

@@ -53,7 +53,7 @@ impl PageData {
         body: FileBytes<'_>,
     ) -> Result<Self, XenError> {
         let len = u64::from(record.len);
-        let wrong = |value| cursor.malformed("the number of pages", record.body.start(), value);
+        let wrong = |value| cursor.malformed("invalid number of pages", record.body.start(), value);
         let head = body.le_at(0).ok_or_else(|| wrong(0))?;
         let count = body.le_at(0).ok_or_else(|| wrong(0))?;
         let table = table_of(count);
@@ -75,9 +75,9 @@ impl PageData {
             let (at, word) = entry;
             let bits = word >> TYPE_SHIFT;
             let kind = FrameType::from_bits(bits)
-                .ok_or_else(|| cursor.malformed("the type of a page", at, word))?;
+                .ok_or_else(|| cursor.malformed("invalid type of a page", at, word))?;
             if word >> NUMBER_BITS != bits << UNUSED_BITS || number(word) >= MAX_FRAME {
-                return Err(cursor.malformed("the number of a page", at, word));
+                return Err(cursor.malformed("invalid number of a page", at, word));
             }
             if kind.has_data() {
                 end = end.and_then(|end| end.checked_add(PAGE));

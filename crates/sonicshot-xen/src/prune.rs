@@ -162,7 +162,7 @@ pub(crate) fn between(
 ) -> Result<FileRange, XenError> {
     if to < from {
         return Err(XenError::Malformed {
-            what: "a record before the last",
+            what: "record that overlaps the one before it",
             place: record.place(),
             value: from.raw(),
         });

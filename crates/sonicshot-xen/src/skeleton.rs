@@ -94,7 +94,7 @@ impl Skeleton {
     /// # Errors
     /// [`XenError`] if it is none, contradicts itself or is of an unsupported kind.
     pub fn parse(data: FileBytes<'_>) -> Result<Self, XenError> {
-        let this = Self(XlImage::parse_with(data, Pages::LeftOut)?);
+        let this = Self(XlImage::read(data, Pages::LeftOut, &None)?);
         this.check_contents(data)?;
         Ok(this)
     }

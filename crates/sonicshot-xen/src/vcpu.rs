@@ -143,11 +143,11 @@ impl CoreDump {
         while cursor.left() > 0 {
             let at = cursor.offset();
             let Some(id) = ids.next() else {
-                return Err(cursor.malformed("the number of processors", start, cursor.left()));
+                return Err(cursor.malformed("invalid number of processors", start, cursor.left()));
             };
             let context = context(&mut cursor, len)?;
             if context.flags & ONLINE == 0 {
-                let down = cursor.malformed("the number of processors", at, id.into());
+                let down = cursor.malformed("invalid number of processors", at, id.into());
                 offline = offline.checked_add(1).ok_or(down)?;
             } else if let Some(p2m) = self.p2m() {
                 let root = root_of(p2m, context.control.cr3).ok_or_else(|| {
@@ -182,7 +182,7 @@ fn push(online: &mut Vec<Vcpu>, vcpu: Vcpu, cursor: &Cursor<'_>) -> Result<(), X
         return wrong("a processor that is not above the one before");
     }
     if online.len() >= MAX_VCPUS {
-        return wrong("the number of processors");
+        return wrong("invalid number of processors");
     }
     online.push(vcpu);
     Ok(())
@@ -200,7 +200,7 @@ fn hvm_context(
         let next = cursor.offset().checked_add(len.into());
         let next = next.filter(|next| end.is_some_and(|end| *next <= end));
         let next = next.ok_or_else(|| {
-            cursor.malformed("the length of a part of the context", at, len.into())
+            cursor.malformed("invalid length of a part of the context", at, len.into())
         })?;
         match kind {
             HVM_END => return Ok(()),
@@ -208,7 +208,7 @@ fn hvm_context(
                 let vcpu = (len <= MAX_HVM_CPU).then(|| cursor.take(len.into()));
                 let vcpu = vcpu.transpose()?.and_then(|bytes| hvm_cpu(bytes, instance));
                 let vcpu = vcpu.ok_or_else(|| {
-                    cursor.malformed("the length of a processor's context", at, len.into())
+                    cursor.malformed("invalid length of a processor's context", at, len.into())
                 })?;
                 push(online, vcpu, cursor)?;
             }
@@ -266,7 +266,7 @@ fn context(cursor: &mut Cursor<'_>, len: u64) -> Result<Context, XenError> {
         })
     };
     let context = read().filter(|_| len == CONTEXT_LEN);
-    context.ok_or_else(|| cursor.malformed("the length of a processor's context", at, len))
+    context.ok_or_else(|| cursor.malformed("invalid length of a processor's context", at, len))
 }
 
 fn paravirtualised(context: &Context, id: u32, root: u64) -> Vcpu {

@@ -118,11 +118,11 @@ impl Bytes for GuestBytes<'_> {
     }
 }
 
-/// A field that its bytes end before.
+/// A field that reaches beyond the end of its bytes.
 ///
 /// A crate for a format turns it into its own error, which names the file and the field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{wanted} bytes wanted at {offset:#x}, where only {left} are left")]
+#[error("truncated at {offset:#x}: {wanted} bytes expected, {left} left")]
 pub struct CutShort {
     /// The start of the field, counted as the [`Cursor`]'s [position](Cursor::position).
     pub offset: u64,
@@ -132,7 +132,7 @@ pub struct CutShort {
     pub left: u64,
 }
 
-/// Reads one field after the other, of a slice or of [`GuestBytes`].
+/// A reader of one field after the other, of a slice or of [`GuestBytes`].
 ///
 /// A field that is cut short is an error with its place, and the cursor stays before it. A crate
 /// wraps it with what its errors need: the path, the part of the file.
@@ -189,7 +189,7 @@ impl<B: Bytes> Cursor<B> {
         self.bytes.byte_len().saturating_sub(self.at)
     }
 
-    /// Whether nothing comes any more.
+    /// Whether all bytes were read.
     #[must_use]
     pub fn is_at_end(&self) -> bool {
         self.left() == 0

@@ -115,7 +115,7 @@ impl FileId {
         file.metadata().map(|metadata| Self::from(&metadata))
     }
 
-    /// The identity of the file with the name `path`; of a symbolic link, that of the file it leads to.
+    /// The identity of the file with the name `path`; a symbolic link is followed.
     ///
     /// # Errors
     /// The operating system's error.
@@ -160,7 +160,7 @@ pub struct FileStamp {
 }
 
 impl FileStamp {
-    /// That of an open file, or of a block device.
+    /// The stamp of an open file or block device.
     ///
     /// # Errors
     /// The operating system's error.
@@ -176,7 +176,7 @@ impl FileStamp {
         Ok(stamp)
     }
 
-    /// That of the file that has the name `path`; of a symbolic link, of the one that it leads to.
+    /// The stamp of the file with the name `path`; a symbolic link is followed.
     ///
     /// # Errors
     /// The operating system's error.
@@ -268,7 +268,7 @@ pub fn write_sparse_at(file: &File, bytes: &[u8], at: FileOffset) -> io::Result<
     write(run)
 }
 
-/// Writes a file front to back, with holes where it is zero.
+/// A writer that fills a file front to back, with holes where it is zero.
 ///
 /// ```
 /// use sonicshot::file::SparseWriter;

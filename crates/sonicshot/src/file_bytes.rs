@@ -12,8 +12,8 @@ use std::sync::{Arc, OnceLock};
 /// Zeroes are looked for in pieces of this many bytes.
 const PIECE: usize = 1 << 14;
 
-/// An open file, read and never mapped: what is mapped and cut off by somebody else ends the
-/// process by a signal.
+/// An open file, read and never mapped: if somebody else truncated a file that is mapped, a signal
+/// would end the process.
 ///
 /// ```
 /// use sonicshot::FileContent;

@@ -95,7 +95,7 @@ pub use p2m::{P2m, P2mBuilder, P2mError};
 pub use page_map::PageMap;
 pub use policy::{Disposition, DropClasses, DropRun, Fill, PrunePlan, PrunePolicy};
 pub use processor::{Processor, Processors};
-pub use progress::{PhaseProgress, Progress, WorkOptions, WorkPhase};
+pub use progress::{PhaseProgress, Progress, ProgressRelay, WorkOptions, WorkPhase};
 pub use stop::{Stop, Stoppable, Stopped};
 pub use tally::Tally;
 pub use to_usize::{spread, to_u64, to_usize};

@@ -56,7 +56,7 @@ pub enum MemoryError {
     },
 }
 
-/// A RAM layout that cannot be.
+/// The reason that a RAM layout is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {

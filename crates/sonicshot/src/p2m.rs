@@ -2,7 +2,7 @@
 
 use crate::{Mfn, PageSize, Pfn, PfnRange, Tally};
 
-/// A table of a guest's frames that cannot be.
+/// The reason that a table of a guest's frames is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum P2mError {

@@ -14,7 +14,7 @@ pub enum Disposition {
     Drop,
 }
 
-/// Decides by class and content which pages to drop.
+/// A choice by class and content of the pages that are dropped.
 ///
 /// Any `Fn(PageState) -> Disposition` is a policy. Whatever a policy says, pages that
 /// [may not be dropped](PageState::may_be_dropped) are kept.

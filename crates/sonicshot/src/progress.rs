@@ -4,10 +4,10 @@ use crate::Tally;
 use crate::work::threads;
 use core::num::NonZeroUsize;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Whoever is told how far the work is: a bar, a log, a program above. Every options struct of work
-/// that takes long has one as `progress`, and none by default.
+/// A listener that is told how far the work is: a bar, a log, a program above. Every options struct of
+/// work that takes long has one as `progress`, and none by default.
 ///
 /// It is told on the thread that asked for the work, so it should return soon.
 ///
@@ -59,10 +59,32 @@ pub enum WorkPhase {
     FindingKernel,
     /// Struct pages are searched for lists of free pages, of a kernel whose types are not known.
     FindingLists,
+    /// Lists of free pages are walked. The bytes are those of the pages that the kernel counts on them.
+    WalkingLists,
     /// Each page gets its class. The bytes are those of the pages.
     Classifying,
     /// Pages in use are looked at for zeroes. The bytes are those of all pages, read or not.
     FindingZeroPages,
+    /// The memory that is kept of a running guest is copied. It begins before the guest is paused, and
+    /// until the copy is there nothing else is told of but its bytes.
+    Copying,
+    /// Disks are searched for pages of the guest's. First the bytes are those of the pages, then those
+    /// of the disks.
+    SearchingDisks,
+    /// A checkpoint or an image is written. The bytes are those of the guest's memory or of the file,
+    /// as the options say.
+    Saving,
+    /// A guest's memory is put in place. The bytes are those that are decompressed, copied or sent.
+    Restoring,
+    /// A checkpoint is checked against itself. Each byte of it counts twice: once for the digest of
+    /// the file, once for its own checksum.
+    Checking,
+    /// Pages that a checkpoint has on disks are checked. The bytes are those of the pages.
+    CheckingDisks,
+    /// A checkpoint's pages are compared with a dump's.
+    Comparing,
+    /// A file is made to share blocks with disks.
+    Sharing,
     /// A file that is written is made durable. The bytes are those of the file.
     Syncing,
 }
@@ -76,8 +98,17 @@ impl WorkPhase {
             Self::Opening => "opening",
             Self::FindingKernel => "finding the kernel",
             Self::FindingLists => "finding free lists",
+            Self::WalkingLists => "walking free lists",
             Self::Classifying => "classifying pages",
             Self::FindingZeroPages => "finding zero pages",
+            Self::Copying => "copying memory",
+            Self::SearchingDisks => "searching disks",
+            Self::Saving => "saving",
+            Self::Restoring => "restoring",
+            Self::Checking => "checking",
+            Self::CheckingDisks => "checking disks",
+            Self::Comparing => "comparing",
+            Self::Sharing => "sharing",
             Self::Syncing => "syncing to disk",
         }
     }
@@ -142,6 +173,71 @@ impl<'a> PhaseProgress<'a> {
             total => total,
         };
         self.progress.tell(total, total);
+    }
+}
+
+/// Progress that is told on one thread and passed on by another: whoever asked for the work is told of
+/// it on their own thread, and nobody who works waits for them.
+///
+/// ```
+/// use sonicshot::{PhaseProgress, Progress, ProgressRelay, WorkPhase};
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// let done = Arc::new(AtomicU64::new(0));
+/// let seen = Arc::clone(&done);
+/// let bar = move |done: u64, _: u64| seen.store(done, Ordering::Relaxed);
+/// let relay = ProgressRelay::default();
+/// std::thread::scope(|scope| {
+///     scope.spawn(|| PhaseProgress::begin(&relay, WorkPhase::Saving, 4096).end());
+/// });
+/// relay.pass_on(&bar);
+/// assert_eq!(done.load(Ordering::Relaxed), 4096);
+/// ```
+#[derive(Debug, Default)]
+pub struct ProgressRelay(Mutex<Vec<Told>>);
+
+/// What was told and not passed on yet: a phase that began, if one did, and its last bytes.
+#[derive(Debug, Default)]
+struct Told {
+    begun: Option<WorkPhase>,
+    bytes: Option<(u64, u64)>,
+}
+
+impl ProgressRelay {
+    fn told(&self) -> MutexGuard<'_, Vec<Told>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells `progress` what was told since the last call: each phase, and of its bytes the last.
+    pub fn pass_on(&self, progress: &dyn Progress) {
+        // The lock is not held while it is told.
+        let told = core::mem::take(&mut *self.told());
+        for Told { begun, bytes } in told {
+            if let Some(phase) = begun {
+                progress.begin(phase);
+            }
+            if let Some((done, total)) = bytes {
+                progress.tell(done, total);
+            }
+        }
+    }
+}
+
+impl Progress for ProgressRelay {
+    fn tell(&self, done: u64, total: u64) {
+        let mut told = self.told();
+        if told.is_empty() {
+            told.push(Told::default());
+        }
+        if let Some(last) = told.last_mut() {
+            last.bytes = Some((done, total));
+        }
+    }
+
+    fn begin(&self, phase: WorkPhase) {
+        let begun = Some(phase);
+        self.told().push(Told { begun, bytes: None });
     }
 }
 
@@ -214,7 +310,7 @@ impl WorkOptions {
 
 #[cfg(test)]
 mod tests {
-    use super::{PhaseProgress, Progress, WorkOptions, WorkPhase};
+    use super::{PhaseProgress, Progress, ProgressRelay, WorkOptions, WorkPhase};
     use std::sync::{Arc, Mutex};
 
     #[test]
@@ -244,6 +340,24 @@ mod tests {
         fn begin(&self, phase: WorkPhase) {
             self.phases.lock().unwrap().push(phase);
         }
+    }
+
+    #[test]
+    fn what_is_passed_on_is_each_phase_and_its_last_bytes() {
+        let (relay, told) = (ProgressRelay::default(), Told::default());
+        relay.pass_on(&told);
+        assert!(told.bytes.lock().unwrap().is_empty());
+        relay.tell(1, 9);
+        relay.tell(2, 9);
+        PhaseProgress::begin(&relay, WorkPhase::Opening, 7).end();
+        relay.begin(WorkPhase::Saving);
+        relay.pass_on(&told);
+        relay.tell(3, 8);
+        relay.pass_on(&told);
+        relay.pass_on(&told);
+        let phases = [WorkPhase::Opening, WorkPhase::Saving];
+        assert_eq!(*told.phases.lock().unwrap(), phases);
+        assert_eq!(*told.bytes.lock().unwrap(), [(2, 9), (7, 7), (3, 8)]);
     }
 
     #[test]

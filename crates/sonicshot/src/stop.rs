@@ -34,7 +34,7 @@ pub enum Stopped {
     #[error("it was cancelled")]
     Cancelled,
     /// Its time was over.
-    #[error("its time is over")]
+    #[error("the time limit was reached")]
     OutOfTime,
 }
 

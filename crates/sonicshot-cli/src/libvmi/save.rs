@@ -51,10 +51,11 @@ pub(crate) fn save(args: &SaveArgs, domain: Domain) -> Result<(), CliError> {
     };
     let phase = Phase::begin("saving", args.json);
     let (stats, file) = source.write(phase.shown())?;
-    std::mem::drop(phase);
     // The file is worth keeping also if the guest does not run on.
     let resumed = Look::resume(look.guest, look.since);
-    let disk_bytes = file.map(NewFile::finish).transpose();
+    let finish = |file: NewFile| file.finish_told(&Some(phase.shown()));
+    let disk_bytes = file.map(finish).transpose();
+    std::mem::drop(phase);
     let (paused, disk_bytes) = (resumed?, disk_bytes?);
     let left_out = dropped_by_name(&plan, &look.analysis, drop);
     let seconds = started.elapsed().as_secs_f64();

@@ -3,6 +3,7 @@
 use crate::args::QemuRestoreArgs;
 use crate::error::CliError;
 use crate::json::{OfQemuRestore, QemuRestoreReport, Version, line, path};
+use crate::progress::{Phase, ProgressMode, talk};
 use crate::qemu::save::this_program;
 use crate::report::{complain, note, say};
 use sonicshot_qemu_live::{LiveRestoreOptions, LiveRestored, RestoreHow};
@@ -22,7 +23,10 @@ pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
     options.disks = disks.open()?;
     options.moved_on = disks.moved_on;
     options.guard = Some(this_program("qemu-guard")?);
+    let phase = shown(&options.how).then(|| Phase::begin("restoring", args.json));
+    options.progress = phase.as_ref().map(Phase::shown);
     let restored = sonicshot_qemu_live::restore(&args.file, program, words, options)?;
+    drop(phase);
     tell(args, &restored);
     let status = restored.wait()?;
     if status.success() {
@@ -33,6 +37,12 @@ pub(crate) fn restore(args: &QemuRestoreArgs) -> Result<(), CliError> {
     Err(CliError::Reported {
         code: code.unwrap_or(1),
     })
+}
+
+/// Whether it is shown how far the restore is: not over the console of a guest that may run already,
+/// unless that was asked for.
+fn shown(how: &RestoreHow) -> bool {
+    *how != RestoreHow::Postcopy || talk().mode != ProgressMode::Auto
 }
 
 /// The work of a second process.

@@ -35,7 +35,7 @@ fn page_cache(dump: &Path, folder: &Path) -> Vec<usize> {
 }
 
 /// A disk with an ext4's superblock, the page cache in another order, and something behind.
-fn disk(folder: &Path, dump: &Path) -> (PathBuf, usize) {
+pub(crate) fn disk(folder: &Path, dump: &Path) -> (PathBuf, usize) {
     let frames = page_cache(dump, folder);
     let ram = ram();
     let is_bytes = |frame: &&usize| {

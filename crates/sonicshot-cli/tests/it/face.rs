@@ -181,7 +181,7 @@ fn progress_is_told_as_it_was_asked_for() {
 
 /// The phases that `--progress json` told of, in their order, each with its bytes: no phase goes
 /// back, and one that knows of bytes ends with all of them.
-fn phases_told(lines: &str) -> Vec<(String, u64)> {
+pub(crate) fn phases_told(lines: &str) -> Vec<(String, u64)> {
     let mut phases = Vec::new();
     let mut done = None;
     for line in lines.lines() {
@@ -200,51 +200,106 @@ fn phases_told(lines: &str) -> Vec<(String, u64)> {
     phases
 }
 
+/// Command lines, whose files are in the folder that `@` is, and the phases of each with their bytes in
+/// MiB; `+` where they are some, nothing where they are none.
+const PHASES: &[(&str, &str)] = &[
+    (
+        "prune @guest.raw -o @pruned.raw",
+        "opening, opening, finding the kernel 128, walking free lists +, classifying pages 128, \
+         finding zero pages 128, pruning +, syncing to disk 128",
+    ),
+    (
+        "inspect @guest.zst",
+        "opening, opening, taking in +, finding the kernel 128, walking free lists +, \
+         classifying pages 128, finding zero pages 128, finding zero pages 128",
+    ),
+    // Its types are not looked at.
+    (
+        "inspect @guest.raw --at-most shape",
+        "opening, opening, finding the kernel 128, finding free lists +, walking free lists +, \
+         classifying pages 128, finding zero pages 128, finding zero pages 128",
+    ),
+    (
+        "save @guest.raw -o @guest.sonic",
+        "opening, opening, finding the kernel 128, walking free lists +, classifying pages 128, \
+         saving 128, syncing to disk +",
+    ),
+    ("verify @guest.sonic", "checking +"),
+    (
+        "verify @guest.sonic --against @guest.raw",
+        "checking +, comparing 128",
+    ),
+    (
+        "restore @guest.sonic -o @back.raw --to raw",
+        "restoring +, syncing to disk 128",
+    ),
+    (
+        "attach @guest.sonic -o @more.sonic --blob blob=@blob",
+        "saving +, syncing to disk +",
+    ),
+    (
+        "save @guest.raw -o @disk.sonic --disk vda=@disk.img --scan",
+        "opening, opening, finding the kernel 128, walking free lists +, classifying pages 128, \
+         saving, searching disks +, searching disks +, saving 128, syncing to disk +",
+    ),
+    (
+        "verify @disk.sonic --disk vda=@disk.img",
+        "checking +, checking disks +",
+    ),
+    (
+        "restore @disk.sonic -o @again.raw --to raw --disk vda=@disk.img",
+        "restoring +, syncing to disk 128",
+    ),
+    (
+        "convert @guest.raw --to elf -o @guest.elf",
+        "opening, converting, finding the kernel 128, converting 128, syncing to disk +",
+    ),
+    (
+        "convert @guest.raw --to kdump -o @guest.kdump",
+        "opening, converting, finding the kernel 128, converting 128, syncing to disk +",
+    ),
+    // Its bitmaps.
+    (
+        "inspect @guest.kdump",
+        "opening, opening +, finding the kernel 128, walking free lists +, classifying pages 128, \
+         finding zero pages 128, finding zero pages 128",
+    ),
+    (
+        "inspect @guest.lime",
+        "opening, opening 128, finding the kernel 128, walking free lists +, classifying pages 128, \
+         finding zero pages 128, finding zero pages 128",
+    ),
+    (
+        "inspect @guest.xl",
+        "opening, opening 128, finding the kernel 128, walking free lists +, classifying pages 128, \
+         finding zero pages 128, finding zero pages 128",
+    ),
+];
+
 #[test]
 fn each_phase_is_told_of_to_its_end() {
     let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let at = |name: &str| folder.path().join(name);
     let raw = raw_dump(folder.path(), |_| {});
-    let raw = text(&raw);
-    let packed = at("guest.zst");
-    let content = fs::read(raw).unwrap();
-    fs::write(&packed, zstd::encode_all(&content[..], 1).unwrap()).unwrap();
-    let sonic = at("guest.sonic");
-    let (pruned, back, elf) = (at("pruned.raw"), at("back.raw"), at("guest.elf"));
-    // The phases, each with its bytes in MiB; `+` where they are some, nothing where they are none.
-    for (args, expected) in [
-        (
-            &["prune", raw, "-o", &pruned][..],
-            "opening, opening, finding the kernel 128, classifying pages 128, \
-             finding zero pages 128, pruning +, syncing to disk 128",
-        ),
-        (
-            &["inspect", &packed],
-            "opening, opening, taking in +, finding the kernel 128, classifying pages 128, \
-             finding zero pages 128, finding zero pages 128",
-        ),
-        // Its types are not looked at.
-        (
-            &["inspect", raw, "--at-most", "shape"],
-            "opening, opening, finding the kernel 128, finding free lists +, \
-             classifying pages 128, finding zero pages 128, finding zero pages 128",
-        ),
-        (
-            &["save", raw, "-o", &sonic],
-            "opening, opening, finding the kernel 128, classifying pages 128, saving 128, \
-             syncing to disk +",
-        ),
-        (&["verify", &sonic], "checking +"),
-        (
-            &["restore", &sonic, "-o", &back, "--to", "raw"],
-            "restoring +, syncing to disk 128",
-        ),
-        (
-            &["convert", raw, "--to", "elf", "-o", &elf],
-            "opening, converting, finding the kernel 128, converting 128, syncing to disk +",
-        ),
-    ] {
-        let run = sonicshot(&[args, &["--progress", "json", "-q"]].concat());
+    let content = fs::read(&raw).unwrap();
+    let packed = zstd::encode_all(&content[..], 1).unwrap();
+    fs::write(at("guest.zst"), packed).unwrap();
+    fs::write(at("blob"), "a blob").unwrap();
+    let last = content.len() as u64 - 1;
+    let header = [
+        &b"EMiL\x01\0\0\0"[..],
+        &[0, last, 0].map(u64::to_le_bytes).concat(),
+    ]
+    .concat();
+    fs::write(at("guest.lime"), [&header[..], &content].concat()).unwrap();
+    fs::write(at("guest.xl"), crate::xen::image(&content, |_| false)).unwrap();
+    crate::disks::disk(folder.path(), &raw);
+    for (command, expected) in PHASES {
+        let in_folder = format!("{}/", text(folder.path()));
+        let command = command.replace('@', &in_folder);
+        let mut args: Vec<&str> = command.split(' ').collect();
+        args.extend(["--progress", "json", "-q"]);
+        let run = sonicshot(&args);
         assert!(run.status.success(), "{args:?}: {}", stderr(&run));
         let told = phases_told(&stderr(&run));
         let mut each = expected.split(", ");
@@ -256,7 +311,7 @@ fn each_phase_is_told_of_to_its_end() {
                 (bytes, _) => format!("{name} {}", bytes >> 20),
             })
             .collect();
-        assert_eq!(told.join(", "), expected, "{args:?}");
+        assert_eq!(told.join(", "), *expected, "{args:?}");
     }
 }
 
@@ -289,6 +344,16 @@ fn files_of_strangers(folder: &Path) {
     fs::write(at("mapped"), &mapped).unwrap();
     mapped.truncate(6);
     fs::write(at("short"), &mapped).unwrap();
+    let record = |magic: &[u8], version: u32, rest: &[u8]| {
+        let range = [0_u64, 0, 0].map(u64::to_le_bytes).concat();
+        [magic, &version.to_le_bytes(), &range, rest].concat()
+    };
+    fs::write(at("lime"), record(b"EMiL", 1, &[7; 41])).unwrap();
+    fs::write(at("avml"), record(b"AVML", 2, &[7; 41])).unwrap();
+    fs::write(at("xl"), b"Xen saved domain, xl format\n \0 \r\x01\x02").unwrap();
+    let mut libvirt = b"LibvirtQemudSave\x07".to_vec();
+    libvirt.resize(4096, 0);
+    fs::write(at("libvirt"), &libvirt).unwrap();
     let mut vmlinuz = vec![0; 0x202];
     vmlinuz.extend(b"HdrS");
     vmlinuz.resize(4096, 0);
@@ -321,8 +386,12 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
     let table: &[(&[&str], i32, &[&str])] = &[
         (&["inspect", &none], 1, &["opening", "No such file"]),
         (&["inspect", &text_file], 3, &["no known format", "--layout"]),
-        (&["inspect", &mapped], 3, &["mapped", "offset 0x1b"]),
-        (&["inspect", &short], 3, &["short"]),
+        (&["inspect", &mapped], 3, &["mapped: truncated: the file ends inside a field at offset 0x1b"]),
+        (&["inspect", &short], 3, &["short: truncated: the file ends inside a field at offset 0x4"]),
+        (&["inspect", &at("lime")], 3, &["lime: missing LiME magic at offset 0x21 (value 0x7070707)"]),
+        (&["inspect", &at("avml")], 3, &["avml: missing Snappy stream identifier at offset 0x20 (value 0x7)"]),
+        (&["inspect", &at("xl")], 3, &["truncated in the headers, at offset 0x20: 4 bytes expected, 2 left"]),
+        (&["inspect", &at("libvirt")], 3, &["invalid version of a libvirt save image at offset 0x10 (value 0x7)"]),
         (&["inspect", &qcow2], 3, &["qcow2"]),
         (&["inspect", &at("folder")], 3, &["is not a snapshot"]),
         (&["inspect", &raw, "--layout", "foo"], 2, &["`foo` is not a layout", "firecracker"]),
@@ -335,7 +404,7 @@ fn errors_tell_what_is_wrong_and_what_to_do() {
         (&["inspect", &cut], 3, &["footer at 0x1348", "hint: "]),
         (&["prune", &raw], 2, &["--in-place", "--dry-run"]),
         (&["prune", &raw, &out], 2, &["did you mean `-o ", "out`?"]),
-        (&["prune", &raw, "-o", &raw], 1, &["is an input itself", "--in-place"]),
+        (&["prune", &raw, "-o", &raw], 1, &["is an input: name another", "--in-place"]),
         (&["prune", &raw, "-o", &text_file], 1, &["exists", "--force"]),
         (&["prune", &raw, "-o", &folder_out], 1, &["none", "No such file"]),
         (&["prune", &raw, "-o", &out, "--drop", "foo"], 2, &["unknown page class `foo`", "free_buddy"]),

@@ -312,7 +312,12 @@ fn a_working_set_is_put_into_a_checkpoint() {
     for (from, to, more, words) in [
         (&sonic, &out, &[][..], "exists"),
         (&out, &other, &[], "already"),
-        (&out, &out, &["--replace", "--force"], "an input itself"),
+        (
+            &out,
+            &out,
+            &["--replace", "--force"],
+            "is an input: name another",
+        ),
     ] {
         let run = attach(from, to, more);
         assert!(!run.status.success(), "{words}");

@@ -167,7 +167,11 @@ fn what_cannot_share_is_refused_in_words_and_as_it_was() {
         refused(&args, 6, "is open for writing");
         drop(writer);
     }
-    refused(&["share", text(&dump), "--disk", text(&dump)], 1, "itself");
+    refused(
+        &["share", text(&dump), "--disk", text(&dump)],
+        1,
+        "is an input",
+    );
     assert!(fs::read(&dump).unwrap() == ram());
 }
 

@@ -38,7 +38,7 @@ const XALLOC: u64 = 0xe;
 
 /// `ram` as Xen would save it of an HVM guest; the pages in `allocated` without content. A live
 /// save: the first record comes twice, and what it held first was something else.
-fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
+pub(crate) fn image(ram: &[u8], allocated: impl Fn(usize) -> bool) -> Vec<u8> {
     image_of(HVM, ram, |pfn| type_of(allocated(pfn)), Some(NOTAB))
 }
 

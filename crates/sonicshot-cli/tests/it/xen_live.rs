@@ -2,6 +2,7 @@
 //! memory of a real guest as a domain's. (The lab has a real one.)
 
 use crate::common::*;
+use crate::face::phases_told;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -134,6 +135,37 @@ fn compressed_images_are_restored_as_they_are() {
         fs::write(xen.file("cut"), &xen.bytes(how)[..half]).unwrap();
         let cut = xen.sonicshot(&["xen", "restore", "cut", "--json"], &[]);
         assert_eq!(cut.status.code(), Some(1), "{}", stderr(&cut));
+    }
+}
+
+/// The looks at the domain, the image, the check of it, and its way to the disk.
+#[test]
+fn saves_and_restores_of_a_domain_are_told_of() {
+    let xen = Standin::new();
+    for (args, expected) in [
+        (
+            &["xen", "save", "5", "plain", "--compress", "none"][..],
+            "saving, finding the kernel, finding the kernel, walking free lists, classifying pages, \
+             saving, opening, syncing to disk",
+        ),
+        (
+            &["xen", "save", "5", "packed", "--compress", "zstd"],
+            "saving, finding the kernel, finding the kernel, walking free lists, classifying pages, \
+             saving, syncing to disk",
+        ),
+        (&["xen", "restore", "plain"], "restoring"),
+        (&["xen", "restore", "packed"], "restoring +"),
+    ] {
+        let run = xen.sonicshot(&[args, &["--progress", "json", "-q"]].concat(), &[]);
+        assert!(run.status.success(), "{args:?}: {}", stderr(&run));
+        let told = phases_told(&stderr(&run));
+        let (last, restores) = (told.last().unwrap(), args[1] == "restore");
+        let plus = if restores && last.1 > 0 { " +" } else { "" };
+        let names: Vec<_> = told.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(format!("{}{plus}", names.join(", ")), expected, "{args:?}");
+        // Each phase but the first knows its bytes.
+        let known = told.iter().skip(1).all(|(_, bytes)| *bytes > 0);
+        assert!(known, "{args:?}: {told:?}");
     }
 }
 

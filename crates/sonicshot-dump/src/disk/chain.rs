@@ -146,7 +146,7 @@ fn open_layer(path: &Path, format: Option<&[u8]>) -> Result<(Layer, Opened), Dum
     };
     if is_qcow2 {
         if !start.starts_with(MAGIC) {
-            let what = "no magic of qcow2";
+            let what = "missing qcow2 magic";
             let found = u64::from_be_bytes(start);
             let at = sonicshot::FileOffset::ZERO;
             return Err(DumpError::malformed(path, what, at, found));

@@ -16,7 +16,7 @@ use crate::format::lime::{HEADER_LEN, Record, cut_header, is_zero_from};
 use crate::limit::allowed_for;
 use sonicshot::{
     Bytes, FileBytes, FileContent, FileOffset, FileRange, Gpa, GpaRange, GuestMemory, MemoryError,
-    RamLayout, to_u64,
+    PhaseProgress, Progress, RamLayout, WorkPhase, to_u64,
 };
 use std::fmt;
 use std::fs::File;
@@ -45,7 +45,7 @@ const CACHE: usize = 16 << 20;
 struct AvmlDump(AvmlFile);
 
 fn open(source: Source<'_>) -> Result<AvmlDump, DumpError> {
-    AvmlFile::parse(source.path, source.content).map(AvmlDump)
+    AvmlFile::parse(source.path, source.content, &source.known.progress).map(AvmlDump)
 }
 
 impl Format for AvmlDump {
@@ -97,12 +97,16 @@ impl AvmlFile {
     /// Opens the dump at `path`.
     #[cfg(test)]
     pub(crate) fn open(path: &Path) -> Result<Self, DumpError> {
-        Self::parse(path, open_content(path)?)
+        Self::parse(path, open_content(path)?, &None)
     }
 
     /// Makes the index of the file.
-    pub(crate) fn parse(path: &Path, content: FileContent) -> Result<Self, DumpError> {
-        let (mut chunks, cut) = chunks_of(path, content.bytes())?;
+    pub(crate) fn parse(
+        path: &Path,
+        content: FileContent,
+        progress: &dyn Progress,
+    ) -> Result<Self, DumpError> {
+        let (mut chunks, cut) = chunks_of(path, content.bytes(), progress)?;
         chunks.sort_unstable_by_key(|chunk| chunk.guest);
         let lost = cut.map(|cut| cut.lost).filter(|lost| !lost.is_empty());
         let ranges = chunks.iter().map(|chunk| chunk.guest).chain(lost).collect();
@@ -238,7 +242,11 @@ impl fmt::Debug for AvmlFile {
 }
 
 /// Finds the chunks of all records, by their headers alone, and where the file is cut off.
-fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut>), DumpError> {
+fn chunks_of(
+    path: &Path,
+    data: FileBytes<'_>,
+    progress: &dyn Progress,
+) -> Result<(Vec<Chunk>, Option<Cut>), DumpError> {
     let file_len = to_u64(data.len());
     let file_end = FileOffset::new(file_len);
     let mut walk = Walk {
@@ -247,6 +255,7 @@ fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut
         limit: allowed_for(file_len / CHUNK_LEN, SMALL_CHUNKS),
         chunks: Vec::new(),
         cut: None,
+        phase: PhaseProgress::begin(progress, WorkPhase::Opening, file_len),
     };
     let mut at = FileOffset::ZERO;
     while at < file_end && walk.cut.is_none() {
@@ -273,10 +282,11 @@ fn chunks_of(path: &Path, data: FileBytes<'_>) -> Result<(Vec<Chunk>, Option<Cut
             (AVML_MAGIC | LIME_MAGIC, version) => {
                 return Err(walk.bad("an unknown version of AVML", at, version.into()));
             }
-            (magic, _) => return Err(walk.bad("no AVML record", at, magic.into())),
+            (magic, _) => return Err(walk.bad("missing AVML or LiME magic", at, magic.into())),
         };
     }
     walk.check_cut()?;
+    walk.phase.end();
     Ok((walk.chunks, walk.cut))
 }
 
@@ -286,6 +296,7 @@ struct Walk<'a> {
     limit: u64,
     chunks: Vec<Chunk>,
     cut: Option<Cut>,
+    phase: PhaseProgress<'a>,
 }
 
 impl Walk<'_> {
@@ -297,6 +308,7 @@ impl Walk<'_> {
         if to_u64(self.chunks.len()) >= self.limit {
             return Err(self.bad("too many small chunks", chunk.file.start(), self.limit));
         }
+        self.phase.reach(chunk.file.end().raw());
         self.chunks.push(chunk);
         Ok(())
     }
@@ -358,7 +370,7 @@ impl Walk<'_> {
             let len = u64::from(header >> 8);
             let body = FileRange::with_len(head_end, len).ok_or_else(beyond)?;
             if at == begin && kind != 0xff {
-                return Err(self.bad("no Snappy stream", at, kind.into()));
+                return Err(self.bad("missing Snappy stream identifier", at, kind.into()));
             }
             if body.end() > file_end {
                 return Ok(self.cut(body.end(), left));

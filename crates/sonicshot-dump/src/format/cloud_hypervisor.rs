@@ -271,11 +271,11 @@ fn layout(path: &Path, len: u64) -> Result<LayoutSpec, DumpError> {
     let mut layout = Vec::with_capacity(ranges.len());
     for (index, Range { gpa, length }) in ranges.iter().copied().enumerate() {
         if !gpa.is_multiple_of(PAGE) {
-            return Err(malformed("the address of memory range", index, gpa));
+            return Err(malformed("invalid address of memory range", index, gpa));
         }
         let range = GpaRange::with_len(Gpa::new(gpa), length);
         let Some(range) = range.filter(|_| length.is_multiple_of(PAGE) && length > 0) else {
-            return Err(malformed("the length of memory range", index, length));
+            return Err(malformed("invalid length of memory range", index, length));
         };
         layout.push(range);
     }
@@ -462,7 +462,7 @@ fn read_json(path: &Path) -> Result<Vec<u8>, DumpError> {
     if to_u64(read.map_err(reading())?) > MAX_STATE {
         return Err(DumpError::malformed(
             path,
-            "a state of this length",
+            "state longer than allowed",
             FileOffset::ZERO,
             MAX_STATE,
         ));
@@ -548,10 +548,10 @@ mod tests {
         let table: [Case<'_>; 8] = [
             (&[(0, GIB), (GIB - 4096, GIB)], 2 * GIB, "in another"),
             (&[(0, GIB), (0, GIB)], 2 * GIB, "in another"),
-            (&[(1, GIB)], GIB, "the address"),
-            (&[(0, GIB + 1)], GIB + 1, "the length"),
-            (&[(0, 0)], 0, "the length"),
-            (&[(u64::MAX - 4095, 8192)], 8192, "the length"),
+            (&[(1, GIB)], GIB, "invalid address"),
+            (&[(0, GIB + 1)], GIB + 1, "invalid length"),
+            (&[(0, 0)], 0, "invalid length"),
+            (&[(u64::MAX - 4095, 8192)], 8192, "invalid length"),
             (&[(0, GIB)], GIB + 4096, "describes"),
             (&[(0, 1 << 63), (1 << 63, 1 << 62)], 4096, "describes"),
         ];

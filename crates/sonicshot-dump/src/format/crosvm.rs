@@ -238,7 +238,7 @@ fn read_metadata(path: &Path, len: u64) -> Result<Vec<u8>, DumpError> {
     let mut limited = file.take(most.checked_add(1).unwrap_or(most));
     let read = to_u64(limited.read_to_end(&mut bytes).map_err(reading())?);
     if read > most {
-        let what = "metadata of this length";
+        let what = "metadata longer than allowed";
         return Err(DumpError::malformed(path, what, FileOffset::ZERO, read));
     }
     Ok(bytes)
@@ -279,12 +279,12 @@ fn extents(
         }];
         let guest = GpaRange::with_len(Gpa::new(base), size);
         let guest = guest.filter(|_| base.is_multiple_of(PAGE) && size.is_multiple_of(PAGE));
-        let guest = guest.ok_or_else(|| bad("the place of region", base))?;
+        let guest = guest.ok_or_else(|| bad("invalid place of region", base))?;
         let all = claimed.checked_add(size);
-        claimed = all.ok_or_else(|| bad("the length of region", size))?;
+        claimed = all.ok_or_else(|| bad("invalid length of region", size))?;
         let mut end = 0_u64;
         for part in parts_with_data.as_deref().unwrap_or(&whole) {
-            let wrong = || bad("a range of region", part.start);
+            let wrong = || bad("invalid range of region", part.start);
             let in_order = end <= part.start && part.start < part.end;
             if !in_order || part.end > size || !(part.start | part.end).is_multiple_of(PAGE) {
                 return Err(wrong());
@@ -298,7 +298,7 @@ fn extents(
             at = at.checked_add(data.len()).ok_or_else(wrong)?;
             end = part.end;
         }
-        let cut = || bad("the length of region", size);
+        let cut = || bad("invalid length of region", size);
         extents.extend(zeroes(&guest, end, size).ok_or_else(cut)?);
     }
     let most = len.checked_add(metadata_len);

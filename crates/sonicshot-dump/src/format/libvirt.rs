@@ -49,7 +49,7 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
         Ok::<_, CutShort>((version, data_len, format))
     };
     let Ok((version, data_len, format)) = read() else {
-        let what = "the end of the file inside the header";
+        let what = "truncated: the file ends inside the header";
         return malformed(what, VERSION_AT, 0);
     };
     // A host of the other byte order.
@@ -57,15 +57,23 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
     let in_order = |word: u32| if swapped { word.swap_bytes() } else { word };
     let (data_len, format) = (in_order(data_len), in_order(format));
     if version != VERSION && !swapped {
-        return malformed("the version of a libvirt save image", VERSION_AT, version);
+        return malformed(
+            "invalid version of a libvirt save image",
+            VERSION_AT,
+            version,
+        );
     }
     if data_len > MAX_DATA {
-        return malformed("the length of the domain's description", DATA_LEN, data_len);
+        return malformed(
+            "invalid length of the domain's description",
+            DATA_LEN,
+            data_len,
+        );
     }
     let payload_at = HEADER_LEN.checked_add(data_len.into());
     let payload_at = payload_at.filter(|at| at.raw() < to_u64(data.len()));
     let Some(payload_at) = payload_at else {
-        let what = "a domain's description beyond the end";
+        let what = "domain description that reaches beyond the end: truncated";
         return malformed(what, DATA_LEN, data_len);
     };
     let compression = match format {
@@ -76,7 +84,7 @@ fn parse(path: &Path, data: FileBytes<'_>) -> Result<Image, DumpError> {
         3 => Some(Compression::Xz),
         4 => Some(Compression::Lzop),
         5 => Some(Compression::Zstd),
-        other => return malformed("the format of a libvirt save image", FORMAT, other),
+        other => return malformed("invalid format of a libvirt save image", FORMAT, other),
     };
     Ok(Image {
         compression,

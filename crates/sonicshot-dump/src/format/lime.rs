@@ -6,7 +6,10 @@ use crate::Incomplete;
 use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump, may_claim, sum_of_lens};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use sonicshot::{Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, to_u64};
+use sonicshot::{
+    Bytes, Cursor, CutShort, FileBytes, FileOffset, FileRange, Gpa, GpaRange, PhaseProgress,
+    Progress, WorkPhase, to_u64,
+};
 use std::path::Path;
 
 pub(crate) const KIND: Kind = Kind::by_magic("lime", &[b"EMiL"], |source| open(source).map(boxed));
@@ -64,7 +67,7 @@ struct LimeDump {
 }
 
 fn open(source: Source<'_>) -> Result<LimeDump, DumpError> {
-    let records = Records::read(source.path, source.data())?;
+    let records = Records::read(source.path, source.data(), &source.known.progress)?;
     let incomplete = records.incomplete(source.len());
     let mapped = source.mapped(records.extents)?.lacking(records.absent);
     Ok(LimeDump { mapped, incomplete })
@@ -96,15 +99,17 @@ struct Records {
 }
 
 impl Records {
-    fn read(path: &Path, data: FileBytes<'_>) -> Result<Self, DumpError> {
-        let file_end = FileOffset::new(to_u64(data.len()));
+    fn read(path: &Path, data: FileBytes<'_>, progress: &dyn Progress) -> Result<Self, DumpError> {
+        let len = to_u64(data.len());
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, len);
+        let file_end = FileOffset::new(len);
         let mut this = Self::default();
         let mut at = FileOffset::ZERO;
         while at < file_end && !this.is_end(data, at) {
             let bad = |what, value| DumpError::malformed(path, what, at, value);
             let record = Record::read(path, data, at)?;
             if record.magic != MAGIC {
-                return Err(bad("no LiME record", record.magic.into()));
+                return Err(bad("missing LiME magic", record.magic.into()));
             }
             if record.version != 1 {
                 return Err(bad("an unknown version of LiME", record.version.into()));
@@ -119,7 +124,9 @@ impl Records {
             this.add(record.guest, body, file_end)
                 .ok_or_else(|| bad("a record beyond the end: truncated", len))?;
             at = body.end();
+            phase.reach(at.raw());
         }
+        phase.end();
         this.extents.sort_unstable_by_key(|extent| extent.guest);
         Ok(this)
     }
@@ -213,7 +220,7 @@ mod tests {
         let path = folder.path().join("dump.lime");
         std::fs::write(&path, bytes).unwrap();
         let content = open_content(&path)?;
-        let records = Records::read(&path, content.bytes())?;
+        let records = Records::read(&path, content.bytes(), &None)?;
         Ok(PlainDump::new(&path, content, records.extents)?.lacking(records.absent))
     }
 
@@ -260,7 +267,7 @@ mod tests {
         let file = sample();
         let (first, second) = (0x2020, 0x2040);
         for len in 1..file.len() {
-            let records = Records::read(Path::new(""), file[..len].into());
+            let records = Records::read(Path::new(""), file[..len].into(), &None);
             assert_eq!(records.is_ok(), len > 0x20, "{len:#x}");
             let Ok(records) = records else { continue };
             // What ends with a whole record cannot be told from a smaller guest's dump.
@@ -317,7 +324,7 @@ mod tests {
         let mut twice = file.clone();
         record(&mut twice, 0x10_1000, &[3; 0x10]);
         assert!(matches!(open(&twice), Err(DumpError::Layout { .. })));
-        let nothing = Records::read(Path::new(""), (&[][..]).into()).unwrap();
+        let nothing = Records::read(Path::new(""), (&[][..]).into(), &None).unwrap();
         assert!(nothing.extents.is_empty());
     }
 

@@ -49,7 +49,7 @@ fn open(source: &Source<'_>) -> Result<Box<dyn Format>, DumpError> {
     let wrong = || {
         DumpError::malformed(
             path,
-            "a VM's state at an invalid place",
+            "invalid offset of the VM state",
             FileOffset::new(24),
             entry.disk_len,
         )
@@ -113,7 +113,7 @@ impl Image {
         };
         let bad =
             |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
-        let cut = malformed(path, "the end of the file inside its header");
+        let cut = malformed(path, "truncated: the file ends inside its header");
         let mut header = Cursor::at(data, 4);
         let version = header.be::<u32>().map_err(&cut)?;
         if !(2..=3).contains(&version) {
@@ -273,7 +273,7 @@ impl Image {
             let len = cursor.position().checked_sub(self.snapshots_at);
             if len.is_none_or(|len| len > MAX_SNAPSHOTS_LEN) {
                 let at = FileOffset::new(self.snapshots_at);
-                let what = "snapshots whose table is too long";
+                let what = "snapshot table that is too long";
                 return Err(DumpError::malformed(path, what, at, self.snapshots.into()));
             }
             if entry.state_len > 0 {
@@ -308,7 +308,10 @@ impl Image {
         path: &Path,
         cursor: &mut Cursor<FileBytes<'_>>,
     ) -> Result<Entry, DumpError> {
-        let cut = malformed(path, "the end of the file inside its snapshots");
+        let cut = malformed(
+            path,
+            "truncated: the file ends inside its table of snapshots",
+        );
         let begin = cursor.position();
         let bad = |what, value| DumpError::malformed(path, what, FileOffset::new(begin), value);
         let l1_offset = cursor.be::<u64>().map_err(&cut)?;

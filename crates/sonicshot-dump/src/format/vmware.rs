@@ -129,7 +129,11 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<Option<Layout
     let Some(count) = count.filter(|count| *count > 0) else {
         return match tags.keys().find(|(name, _)| *name != COUNT) {
             None => Ok(None),
-            Some((_, number)) => Err(bad("regions of the memory without their count", 0, *number)),
+            Some((_, number)) => Err(bad(
+                "memory regions without the tag `regionsCount`",
+                0,
+                *number,
+            )),
         };
     };
     if count > MAX_REGIONS {
@@ -140,7 +144,13 @@ fn layout_of(path: &Path, data: FileBytes<'_>, len: u64) -> Result<Option<Layout
         let tag = |name| {
             let value = tags.get(&(name, number)).copied();
             let bytes = value.and_then(|pages: u64| pages.checked_mul(PAGE));
-            bytes.ok_or_else(|| bad("a region of the memory that is not told", 0, number))
+            bytes.ok_or_else(|| {
+                bad(
+                    "memory region without its address or length, number",
+                    0,
+                    number,
+                )
+            })
         };
         let (guest, file, size) = (tag("regionPPN")?, tag("regionPageNum")?, tag("regionSize")?);
         let range = GpaRange::with_len(Gpa::new(guest), size).filter(|range| !range.is_empty());
@@ -182,11 +192,17 @@ fn memory_tags(
     const KNOWN: [&str; 4] = [COUNT, "regionPPN", "regionPageNum", "regionSize"];
     let bad =
         |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
-    let cut = |cut: CutShort| bad("the end of the file inside its tags", cut.offset, cut.left);
+    let cut = |cut: CutShort| {
+        bad(
+            "truncated: the file ends inside its tags",
+            cut.offset,
+            cut.left,
+        )
+    };
     let start: Option<[u8; 4]> = data.array_at(0);
     let version = match start {
         Some([first, ..]) if start.is_some_and(|start| MAGICS.contains(&start)) => first & 0xf,
-        _ => return Err(bad("no state of VMware's", 0, 0)),
+        _ => return Err(bad("missing magic of a VMware state", 0, 0)),
     };
     let mut cursor = Cursor::at(data, group_named(path, data, b"memory")?);
     let mut tags = BTreeMap::new();
@@ -234,7 +250,7 @@ fn memory_tags(
             let number = match indices.first() {
                 Some(number) => *number,
                 None if known == COUNT => 0,
-                None => return Err(bad("a region of the memory without its number", at, value)),
+                None => return Err(bad("memory region without its number", at, value)),
             };
             tags.insert((known, number.into()), value);
         }
@@ -257,7 +273,7 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
         |what, offset, value| DumpError::malformed(path, what, FileOffset::new(offset), value);
     let cut = |cut: CutShort| {
         bad(
-            "the end of the file inside its groups",
+            "truncated: the file ends inside its groups",
             cut.offset,
             cut.left,
         )
@@ -278,10 +294,10 @@ fn group_named(path: &Path, data: FileBytes<'_>, wanted: &[u8]) -> Result<u64, D
             let inside = tags < to_u64(data.len());
             return inside
                 .then_some(tags)
-                .ok_or_else(|| bad("where the tags of a group are", begin, tags));
+                .ok_or_else(|| bad("invalid offset of a group's tags", begin, tags));
         }
     }
-    Err(bad("no group `memory`", HEADER, groups.into()))
+    Err(bad("missing group `memory`", HEADER, groups.into()))
 }
 
 #[cfg(test)]

@@ -87,11 +87,11 @@ impl Guessed {
             sources.push(image);
         }
         let failed = |error| told(error, dump, disks);
-        let finder = DiskFinder::new(dump, &map, &all, DiskFinder::LIKELY, options.threads);
-        let finder = finder.map_err(failed)?;
         let mut work = WorkOptions::new();
         work.threads = options.threads;
         work.progress.clone_from(&options.progress);
+        let finder = DiskFinder::new(dump, &map, &all, DiskFinder::LIKELY, &work);
+        let finder = finder.map_err(failed)?;
         let found = finder.stream(&known, &sources, &work);
         Ok(Self {
             looked_for: finder.pages(),

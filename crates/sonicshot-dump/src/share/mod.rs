@@ -16,7 +16,7 @@ use crate::prune::copy::Copier;
 use crate::{DiskImage, Dump, DumpError};
 use find::{Found, Piece};
 use sonicshot::checkpoint::DiskSource;
-use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally, to_u64, to_usize};
+use sonicshot::{FileId, FileOffset, FileRange, Progress, Tally, WorkPhase, to_u64, to_usize};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
@@ -156,6 +156,7 @@ impl Dump {
         let dump = self.sharable()?;
         drop(open_to_share(dump, disks)?);
         let found = Found::new(dump, disks, options)?;
+        options.progress.begin(WorkPhase::Sharing);
         let mut stats = found.stats;
         if found.pieces.is_empty() {
             let now = counted(dump.file(), dump.file_len(), dump.path())?;
@@ -220,6 +221,7 @@ impl Dump {
             probe_clone(image, &output)?;
         }
         let found = Found::new(dump, disks, options)?;
+        options.progress.begin(WorkPhase::Sharing);
         let mut stats = found.stats;
         let writing = || DumpError::io("writing", output.path());
         let file = output.file();

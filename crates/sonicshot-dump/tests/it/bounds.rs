@@ -31,10 +31,10 @@ const BOUNDS: &[Bound] = &[
     // And one more for each 256 bytes: a chunk takes 9.
     ("avml.rs SMALL_CHUNKS", 1 << 10, (1 << 20) + (1 << 17), avml_chunks, Says("too many small chunks")),
     ("cloud_hypervisor.rs MAX_RANGES", 1 << 16, (1 << 16) + 1, ch_ranges, Says("number of memory ranges")),
-    ("cloud_hypervisor.rs MAX_STATE", 64 * MIB, 64 * MIB + 1, ch_state, Says("a state of this length")),
-    ("crosvm.rs SMALL_METADATA", MIB + 64, MIB + 65, |at, len| crosvm_spaces(at, len, 1), Says("metadata of this length")),
-    ("crosvm.rs METADATA_A_PAGE", 64, 65, |at, each| crosvm_spaces(at, MIB + each * 1024, 1024), Says("metadata of this length")),
-    ("crosvm.rs MAX_METADATA", 64 * MIB, 64 * MIB + 1, |at, len| crosvm_spaces(at, len, 2 * MIB), Says("metadata of this length")),
+    ("cloud_hypervisor.rs MAX_STATE", 64 * MIB, 64 * MIB + 1, ch_state, Says("state longer than allowed")),
+    ("crosvm.rs SMALL_METADATA", MIB + 64, MIB + 65, |at, len| crosvm_spaces(at, len, 1), Says("metadata longer than allowed")),
+    ("crosvm.rs METADATA_A_PAGE", 64, 65, |at, each| crosvm_spaces(at, MIB + each * 1024, 1024), Says("metadata longer than allowed")),
+    ("crosvm.rs MAX_METADATA", 64 * MIB, 64 * MIB + 1, |at, len| crosvm_spaces(at, len, 2 * MIB), Says("metadata longer than allowed")),
     ("crosvm.rs MAX_RANGES", 1 << 21, (1 << 21) + 3, crosvm_regions, Says("invalid length")),
     ("crosvm.rs MAX_SPARSENESS", 256, 257, |at, each| crosvm_claims(at, each * 2 * PAGE + 64 * MIB), Says("more memory than the file")),
     ("crosvm.rs SMALL", 64 * MIB, 65 * MIB, |at, small| crosvm_claims(at, 512 * PAGE + small), Says("more memory than the file")),
@@ -50,16 +50,16 @@ const BOUNDS: &[Bound] = &[
     ("read.rs SMALL_PIECES", 1 << 10, (1 << 20) + (1 << 17), kdump_pieces, Says("too many small pieces")),
     ("read.rs MAX_VMCOREINFO", 1 << 16, (1 << 16) + 1, |at, len| kdump_part(at, 32, len), Says("VMCOREINFO")),
     ("read.rs MAX_NOTES", 16 * MIB, 16 * MIB + 1, |at, len| kdump_part(at, 48, len), Says("notes")),
-    ("libvirt.rs MAX_DATA", 1 << 28, (1 << 28) + 1, libvirt_data, Says("the length of the domain's description")),
+    ("libvirt.rs MAX_DATA", 1 << 28, (1 << 28) + 1, libvirt_data, Says("invalid length of the domain's description")),
     ("lime.rs MAX_RECORDS", 1 << 10, (1 << 20) + 1, lime_records, Says("too many records")),
-    ("start.rs MAX_NAME", 4096, 4097, qemu_name, Says("the length of a name")),
-    ("start.rs MAX_CAPABILITIES", 256, 257, qemu_capabilities, Says("the number of capabilities")),
-    ("start.rs MAX_PLUGGED", 256, 257, qemu_plugged, Says("the number of virtio-mem devices")),
-    ("start.rs MAX_BLOCKS", 4096, 4097, qemu_blocks, Says("the number of memory blocks")),
+    ("start.rs MAX_NAME", 4096, 4097, qemu_name, Says("invalid length of a name")),
+    ("start.rs MAX_CAPABILITIES", 256, 257, qemu_capabilities, Says("invalid number of capabilities")),
+    ("start.rs MAX_PLUGGED", 256, 257, qemu_plugged, Says("invalid number of virtio-mem devices")),
+    ("start.rs MAX_BLOCKS", 4096, 4097, qemu_blocks, Says("invalid number of memory blocks")),
     ("mapped_ram.rs SMALL", 1 << 10, 1 << 20, mapped_ranges, Says("more ranges of pages")),
-    ("stream.rs SMALL", 1 << 24, (1 << 24) + (1 << 17), |at, small| stream_claims(at, small, 0), Says("the size of all memory")),
-    ("stream.rs MAX_RATIO", 32, 33, |at, each| stream_claims(at, (1 << 24) + (each << 20), 9 * MIB), Says("the size of all memory")),
-    ("qcow2.rs MAX_SNAPSHOTS_LEN", 1023, 1024, |at, count| qcow2_names(at, count, 0), Says("table is too long")),
+    ("stream.rs SMALL", 1 << 24, (1 << 24) + (1 << 17), |at, small| stream_claims(at, small, 0), Says("invalid size of all memory")),
+    ("stream.rs MAX_RATIO", 32, 33, |at, each| stream_claims(at, (1 << 24) + (each << 20), 9 * MIB), Says("invalid size of all memory")),
+    ("qcow2.rs MAX_SNAPSHOTS_LEN", 1023, 1024, |at, count| qcow2_names(at, count, 0), Says("table that is too long")),
     ("snapshot.rs MAX_FILES", 1024, 1025, folder_of, Says("not a snapshot")),
 ];
 
@@ -156,7 +156,7 @@ fn avml_ratio(folder: &Path, times: u64) -> PathBuf {
     whole(folder, &out)
 }
 
-fn avml_chunks(folder: &Path, count: u64) -> PathBuf {
+pub(crate) fn avml_chunks(folder: &Path, count: u64) -> PathBuf {
     let mut out = avml(count);
     for _ in 0..count {
         snappy(&mut out, 1, &[7]);
@@ -310,7 +310,7 @@ fn kdump_frames(folder: &Path, frames: u64) -> PathBuf {
 }
 
 /// Every second frame.
-fn kdump_regions(folder: &Path, count: u64) -> PathBuf {
+pub(crate) fn kdump_regions(folder: &Path, count: u64) -> PathBuf {
     let bitmap = vec![0x55; (2 * count).div_ceil(8) as usize];
     let blocks = 2 * (bitmap.len() as u64).div_ceil(PAGE);
     kdump(folder, blocks, 2 * count, &[(8192, &bitmap)])
@@ -327,7 +327,7 @@ fn kdump_part(folder: &Path, field: u64, len: u64) -> PathBuf {
 }
 
 /// A flattened file of so many pieces of a byte.
-fn kdump_pieces(folder: &Path, count: u64) -> PathBuf {
+pub(crate) fn kdump_pieces(folder: &Path, count: u64) -> PathBuf {
     let mut out = b"makedumpfile\0\0\0\0".to_vec();
     out.extend([1_u64, 1].map(u64::to_be_bytes).concat());
     out.resize(4096, 0);
@@ -346,7 +346,7 @@ fn libvirt_data(folder: &Path, len: u64) -> PathBuf {
     whole(folder, &out)
 }
 
-fn lime_records(folder: &Path, count: u64) -> PathBuf {
+pub(crate) fn lime_records(folder: &Path, count: u64) -> PathBuf {
     let mut out = Vec::new();
     for at in 0..count {
         out.extend(b"EMiL\x01\0\0\0");

@@ -22,6 +22,7 @@ mod libvirt;
 mod mapped_ram;
 mod overlay;
 mod processors;
+mod progress;
 mod qcow2;
 mod raw;
 mod rights;

@@ -350,10 +350,10 @@ fn a_stream_cut_short_or_of_another_kind_is_refused() {
         .position(|part| part == b"\x08\x06pc.ra")
         .unwrap();
     for (kind, expected) in [
-        (0x04, "the kind of a page's record"),
-        (0x80, "the kind of a page's record"),
-        (0x0a, "the kind of a page's record"),
-        (0x140, "the kind of a page's record"),
+        (0x04, "unknown flags of a page record"),
+        (0x80, "unknown flags of a page record"),
+        (0x0a, "unknown flags of a page record"),
+        (0x140, "unknown flags of a page record"),
         (0x40, "with deltas"),
         (0x100, "with compressed pages"),
     ] {

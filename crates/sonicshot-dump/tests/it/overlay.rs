@@ -440,7 +440,7 @@ fn a_folder_appears_whole_or_not_at_all() {
     assert!(matches!(error, DumpError::Exists { .. }), "{error}");
 
     for (out, word) in [
-        (input.clone(), "input itself"),
+        (input.clone(), "is an input"),
         (input.join("x"), "lie in the folder"),
     ] {
         let error = NewFolder::create(&out, Overwrite::Replace, &find()).unwrap_err();

@@ -1,8 +1,9 @@
 use crate::fake::{Answer, Change, DEVICES, Fake, bios, blocks, memory, ram, registers};
 use serde_json::{Value, json};
 use sonicshot::checkpoint::{CheckpointReader, Compression, PageContent, SaveOptions};
-use sonicshot::{Gpa, GuestMemory, PageSize, WorkOptions};
+use sonicshot::{Gpa, GuestMemory, PageSize, Progress, WorkOptions, WorkPhase};
 use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved, QemuError, save};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn options() -> LiveSaveOptions {
@@ -68,6 +69,64 @@ fn a_guest_is_saved_and_runs_on() {
     assert!(places.is_sorted(), "{heard:?}");
     // Nothing is asked for that takes long between the stop and the state of devices.
     assert_eq!(places[1] + 1, places[2]);
+}
+
+/// A phase, and what was told of it.
+type PhaseTold = (WorkPhase, Vec<(u64, u64)>);
+
+#[derive(Default)]
+struct Told(Mutex<Vec<PhaseTold>>);
+
+impl Progress for Told {
+    fn tell(&self, done: u64, total: u64) {
+        let mut told = self.0.lock().unwrap();
+        told.last_mut().unwrap().1.push((done, total));
+    }
+
+    fn begin(&self, phase: WorkPhase) {
+        self.0.lock().unwrap().push((phase, Vec::new()));
+    }
+}
+
+#[test]
+fn the_look_the_copy_and_the_writing_are_told_of() {
+    use WorkPhase::{Classifying, Copying, FindingKernel, Saving, Syncing, WalkingLists};
+    let looks = [FindingKernel, WalkingLists, Classifying];
+    let always = |time| ("query-status", time, said(json!({"status": "paused"})));
+    for (changes, expected) in [
+        // In the pause only bytes are told of: what is read for a look there is not.
+        (
+            Vec::new(),
+            [&looks[..], &[Copying, Saving, Syncing]].concat(),
+        ),
+        // A guest that is paused anyway waits for nobody.
+        (
+            (1..5).map(always).collect(),
+            [&looks[..], &[Saving, Syncing]].concat(),
+        ),
+    ] {
+        let fake = Fake::start(changes);
+        let told = Arc::new(Told::default());
+        let mut options = options();
+        options.writing.progress = Some(told.clone());
+        let saved = run(&fake, options).unwrap();
+        let told = told.0.lock().unwrap();
+        let phases: Vec<_> = told.iter().map(|(phase, _)| *phase).collect();
+        assert_eq!(phases, expected);
+        for (phase, bytes) in told.iter() {
+            assert!(
+                bytes.is_sorted_by_key(|(done, _)| *done),
+                "{phase:?}: {bytes:?}"
+            );
+            let (done, total) = bytes.last().unwrap();
+            assert!(done == total && *total > 0, "{phase:?}: {bytes:?}");
+            if *phase == Copying {
+                assert_eq!(*total, saved.ram_bytes - saved.dropped_bytes);
+            }
+        }
+        drop(told);
+        fake.heard();
+    }
 }
 
 #[test]

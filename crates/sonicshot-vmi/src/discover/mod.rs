@@ -120,13 +120,17 @@ fn begins_as_text(memory: &dyn GuestMemory, at: Gpa) -> bool {
 
 /// Finds a page of `memory` with VMCOREINFO that fits page tables and a kernel's name there, whether that
 /// kernel owns the memory or not: where to look [first](crate::GuestOptions::vmcoreinfo_at) once a guest
-/// that runs is paused.
+/// that runs is paused. `progress` is told as of the phase
+/// [`FindingKernel`](sonicshot::WorkPhase::FindingKernel).
 ///
 /// # Errors
 /// [`MemoryError`] if the memory cannot be read.
-pub fn find_vmcoreinfo(memory: &dyn GuestMemory) -> Result<Option<Gpa>, MemoryError> {
+pub fn find_vmcoreinfo(
+    memory: &dyn GuestMemory,
+    progress: &dyn Progress,
+) -> Result<Option<Gpa>, MemoryError> {
     let mut found = None;
-    ram::search(memory, &None, MAGIC, &mut |at| {
+    ram::search(memory, progress, MAGIC, &mut |at| {
         let fits = read_text(memory, at).is_some_and(|text| confirm(memory, &text).is_ok());
         found = fits.then_some(at);
         !fits
@@ -162,7 +166,7 @@ impl<'m> Found<'m> {
         Ok(Self {
             architecture: tables.architecture,
             space: tables.space(memory)?,
-            kaslr: vmcoreinfo.kernel_offset().unwrap_or(0),
+            kaslr: vmcoreinfo.displacement()?,
             vmcoreinfo,
             origin: origin(at),
             at,

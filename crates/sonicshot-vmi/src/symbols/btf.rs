@@ -122,7 +122,7 @@ impl Btf {
         let data = Bytes(blob.as_ref());
         let header = Header::read(data).ok_or_else(|| {
             let found = data.u32(0).map_or(to_u64(data.0.len()), u64::from);
-            malformed("no BTF header", 0, found)
+            malformed("missing BTF magic", 0, found)
         })?;
         let (types_at, types_len) = header.types;
         let (strings_at, strings_len) = header.strings;

@@ -234,7 +234,7 @@ impl Tokens {
         let mut table = vec![0; MAX_TOKEN_TABLE];
         read_what_is_mapped(memory, tables.tokens, &mut table);
         Self::new(&index, table)
-            .ok_or_else(|| malformed("a token table that is none", tables.tokens.raw(), 0))
+            .ok_or_else(|| malformed("invalid token table", tables.tokens.raw(), 0))
     }
 
     fn new(index: &[u8; 512], table: Vec<u8>) -> Option<Self> {

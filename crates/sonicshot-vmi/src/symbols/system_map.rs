@@ -63,7 +63,7 @@ impl SystemMap {
             at = next.unwrap_or(text.len());
         }
         if lines.len() < 2 {
-            return Err(malformed("hardly any symbol", 0, to_u64(lines.len())));
+            return Err(malformed("too few symbols", 0, to_u64(lines.len())));
         }
         let index = NameIndex::new(lines.len(), |number| name(text, &lines, number));
         Ok(Self {

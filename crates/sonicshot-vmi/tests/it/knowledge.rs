@@ -998,7 +998,7 @@ fn without_types_the_log_tells_of_a_later_owner() {
                     b": setting SYSTEM clock to 2",
                 );
             },
-            "nothing tells whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
+            "it cannot be told whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
              missing, and nothing else would show a reset (not tested: the BIOS's clock",
         ),
         (
@@ -1008,7 +1008,7 @@ fn without_types_the_log_tells_of_a_later_owner() {
                 let line = b"BIOS-e820: [mem 0x0000000000000000-0";
                 replace(ram, line, b"efi: EFI v2.70 by EDK II            ");
             },
-            "nothing tells whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
+            "it cannot be told whether kernel 6.1.0-50-cloud-amd64 still owns the memory: types are \
              missing, and nothing else would show a reset (not tested: the BIOS's clock, the \
              kernel was started by EFI",
         ),
@@ -1032,10 +1032,7 @@ fn page_tables_that_lead_to_no_records_are_no_kernels() {
     let ram = testdata();
     for cr3 in [0x10_0000, 0x0, 0xffff_f000] {
         let error = classify(&ram, Knowledge::Shape, Some(Cr3::new(cr3))).unwrap_err();
-        assert!(
-            error.contains("page tables leads to them"),
-            "{cr3:#x}: {error}"
-        );
+        assert!(error.contains("page tables maps them"), "{cr3:#x}: {error}");
     }
     let error = classify(&vec![0; 16 << 20], Knowledge::Shape, None).unwrap_err();
     assert!(

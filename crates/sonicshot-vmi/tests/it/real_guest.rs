@@ -58,7 +58,7 @@ fn classify(ram: &[u8], on: OnInconsistency) -> Result<Classification, VmiError>
 /// phase, without a step back.
 #[test]
 fn each_phase_of_an_analysis_is_told_of_to_its_end() {
-    use WorkPhase::{Classifying, FindingKernel, FindingLists, FindingZeroPages};
+    use WorkPhase::{Classifying, FindingKernel, FindingLists, FindingZeroPages, WalkingLists};
     let ram = ram();
     let memory = memory(&ram);
     let all = ram.len() as u64;
@@ -66,22 +66,34 @@ fn each_phase_of_an_analysis_is_told_of_to_its_end() {
         (
             Knowledge::Types,
             1,
-            &[FindingKernel, Classifying, FindingZeroPages][..],
+            &[FindingKernel, WalkingLists, Classifying, FindingZeroPages][..],
         ),
         (
             Knowledge::Types,
             4,
-            &[FindingKernel, Classifying, FindingZeroPages],
+            &[FindingKernel, WalkingLists, Classifying, FindingZeroPages],
         ),
         (
             Knowledge::Vmcoreinfo,
             2,
-            &[FindingKernel, FindingLists, Classifying, FindingZeroPages],
+            &[
+                FindingKernel,
+                FindingLists,
+                WalkingLists,
+                Classifying,
+                FindingZeroPages,
+            ],
         ),
         (
             Knowledge::Shape,
             2,
-            &[FindingKernel, FindingLists, Classifying, FindingZeroPages],
+            &[
+                FindingKernel,
+                FindingLists,
+                WalkingLists,
+                Classifying,
+                FindingZeroPages,
+            ],
         ),
     ] {
         let told = Arc::new(Told::default());
@@ -89,7 +101,7 @@ fn each_phase_of_an_analysis_is_told_of_to_its_end() {
             .at_most(knowledge)
             .threads(NonZeroUsize::new(threads).unwrap());
         let options = AnalysisOptions::new().guest(guest).progress(told.clone());
-        analyze(&memory, &options).unwrap();
+        let analysis = analyze(&memory, &options).unwrap();
         let told = told.0.lock().unwrap();
         let phases: Vec<_> = told.iter().map(|(phase, _)| *phase).collect();
         assert_eq!(phases, expected, "{knowledge:?}");
@@ -98,8 +110,14 @@ fn each_phase_of_an_analysis_is_told_of_to_its_end() {
             assert!(bytes.len() > 2, "{phase:?}: {bytes:?}");
             assert!(bytes.is_sorted() && bytes.iter().all(|(_, of)| *of == total));
             assert_eq!(bytes.last(), Some(&(total, total)), "{phase:?}");
-            // Of struct pages the bytes are their own.
-            assert_eq!(total == all, *phase != FindingLists, "{phase:?}: {total}");
+            // Of struct pages the bytes are their own, of lists those that the zones count.
+            let of_all = ![FindingLists, WalkingLists].contains(phase);
+            assert_eq!(total == all, of_all, "{phase:?}: {total}");
+            if *phase == WalkingLists {
+                let zones = analysis.zones().iter();
+                let counted: u64 = zones.map(|zone| zone.nr_free << 12).sum();
+                assert_eq!(total, counted);
+            }
         }
     }
 }

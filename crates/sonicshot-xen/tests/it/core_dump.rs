@@ -3,10 +3,11 @@
 use proptest::prelude::*;
 use sonicshot::x86_64::ControlRegisters;
 use sonicshot::{FileBytes, Mfn, P2mError, Pfn};
-use sonicshot_xen::{CoreDump, DomainKind, Within, XenError};
+use sonicshot_xen::{CoreDump, DomainKind, ParseOptions, Within, XenError};
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::slice::from_ref;
+use std::sync::{Arc, Mutex};
 
 const PAGE: usize = 4096;
 const NONE: u64 = u64::MAX;
@@ -257,7 +258,7 @@ fn what_contradicts_the_format_is_named_with_its_place() {
         ),
         (
             |c| c.notes = vec![(0x200_0003, vec![1])],
-            "cut off in section .note.Xen",
+            "truncated in section .note.Xen",
         ),
         (
             |c| c.without = vec![".note.Xen"],
@@ -335,43 +336,47 @@ fn headers_that_lie_are_refused_with_the_place() {
     // The fourth header is that of the pages, the last that of the names.
     let (note, pages, names) = (64 + 64, 64 + 4 * 64, 64 + 6 * 64);
     let cases: [(usize, &[u8], &str); 14] = [
-        (0, b"x", "no core of Xen in the headers"),
-        (4, &[1], "no core of Xen"),
-        (5, &[2], "no core of Xen"),
-        (16, &[2], "no core of Xen"),
-        (56, &[1], "no core of Xen"),
+        (0, b"x", "missing ELF header of a Xen core in the headers"),
+        (4, &[1], "missing ELF header of a Xen core"),
+        (5, &[2], "missing ELF header of a Xen core"),
+        (16, &[2], "missing ELF header of a Xen core"),
+        (56, &[1], "missing ELF header of a Xen core"),
         (
             58,
             &[40],
             "size of a section header in the headers, at offset 0x3a (value 0x28)",
         ),
-        (60, &[0xff, 0xff], "cut off in the headers, at offset 0x"),
+        (60, &[0xff, 0xff], "truncated in the headers, at offset 0x"),
         (
             60,
             &[0, 0],
-            "the section with the names in the headers, at offset 0x3e (value 0x6)",
+            "invalid section with the names in the headers, at offset 0x3e (value 0x6)",
         ),
-        (62, &[1], "the section with the names"),
+        (62, &[1], "invalid section with the names"),
         (
             40,
             &[0xff; 8],
-            "cut off in the headers, at offset 0xffffffffffffffff",
+            "truncated in the headers, at offset 0xffffffffffffffff",
         ),
-        (note + 4, &[1], "the section's type in section .note.Xen"),
+        (
+            note + 4,
+            &[1],
+            "invalid type of the section in section .note.Xen",
+        ),
         (
             pages + 24,
             &[0xff; 8],
-            "cut off in section .xen_pages, at offset 0xffff",
+            "truncated in section .xen_pages, at offset 0xffff",
         ),
         (
             pages + 32,
             &[0xff; 8],
-            "cut off in section .xen_pages, at offset 0x",
+            "truncated in section .xen_pages, at offset 0x",
         ),
         (
             names + 32,
             &[0xff; 4],
-            "cut off in section .shstrtab, at offset 0x",
+            "truncated in section .shstrtab, at offset 0x",
         ),
     ];
     for (at, bytes, wanted) in cases {
@@ -385,7 +390,7 @@ fn headers_that_lie_are_refused_with_the_place() {
         (notes, 5, "a note that is not Xen's in section .note.Xen"),
         (notes + 12, b'Y', "a note that is not Xen's"),
         (notes + 16 + 4, 8, "a short note in section .note.Xen"),
-        (notes + 16 + 7, 0xff, "cut off in section .note.Xen"),
+        (notes + 16 + 7, 0xff, "truncated in section .note.Xen"),
     ] {
         let mut data = data.clone();
         data[at] = bytes;
@@ -417,6 +422,23 @@ fn a_core_cut_off_anywhere_is_refused() {
 }
 
 /// Pages in order, the machine's numbers in none; then some that are none.
+#[test]
+fn the_table_of_frames_is_told_of_to_its_end() {
+    let pages: Vec<(u64, u64)> = (0..200).map(|pfn| (2 * pfn, 2 * pfn)).collect();
+    for (magic, entry) in [(HVM, 8), (PV, 16)] {
+        let data = core(magic, &pages).bytes();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let telling = Arc::clone(&told);
+        let tell = move |done: u64, total: u64| telling.lock().unwrap().push((done, total));
+        let options = ParseOptions::new().progress(Arc::new(tell));
+        CoreDump::parse_with(FileBytes::from_slice(&data), &options).unwrap();
+        let (told, total) = (told.lock().unwrap(), 200 * entry);
+        assert!(told.is_sorted() && told.len() > 2, "{told:?}");
+        let ends = (told.first().copied(), told.last().copied());
+        assert_eq!(ends, (Some((0, total)), Some((total, total))));
+    }
+}
+
 fn cores() -> impl Strategy<Value = Core> {
     let numbers = proptest::collection::btree_set(0_u64..80, 0..12);
     (

@@ -6,8 +6,11 @@ use sonicshot::{
     DropClasses, FileBytes, FileContent, FileOffset, FileRange, Fill, Gpa, GpaRange, PageClass,
     PageMap, PageSize, Pfn, PfnRange, PrunePlan, RamLayout,
 };
-use sonicshot_xen::{DomainKind, Joined, Layer, Part, Skeleton, Within, XenError, XlImage};
+use sonicshot_xen::{
+    DomainKind, Joined, Layer, ParseOptions, Part, Skeleton, Within, XenError, XlImage,
+};
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 const PAGE: usize = 4096;
 const XALLOC: u8 = 0xe;
@@ -197,6 +200,24 @@ fn items() -> impl Strategy<Value = Vec<Item>> {
             .prop_map(|(kind, body)| Item::Other(kind, body)),
     ];
     proptest::collection::vec(item, 0..10)
+}
+
+#[test]
+fn the_records_are_told_of_to_the_end_of_the_image() {
+    let pages = |first: u64| Item::Pages((first..first + 4).map(|pfn| (0, pfn, 7)).collect());
+    let items: Vec<Item> = (0..64).map(|number| pages(4 * number)).collect();
+    let data = image(2, &items);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let telling = Arc::clone(&told);
+    let tell = move |done: u64, total: u64| telling.lock().unwrap().push((done, total));
+    let options = ParseOptions::new().progress(Arc::new(tell));
+    let parsed = XlImage::parse_with(FileBytes::from_slice(&data), &options).unwrap();
+    assert_eq!(parsed.frames().len(), 256);
+    let (told, total) = (told.lock().unwrap(), data.len() as u64);
+    // Record by record.
+    assert!(told.is_sorted() && told.len() > 64, "{told:?}");
+    let ends = (told.first().copied(), told.last().copied());
+    assert_eq!(ends, (Some((0, total)), Some((total, total))));
 }
 
 proptest! {
@@ -490,11 +511,11 @@ fn what_contradicts_the_format_is_named_with_record_and_offset() {
         ),
         (36, &[7], "mandatory flag"),
         (36, &[1], "before Xen 4.6"),
-        (44, &[0xff; 4], "cut off in the headers, at offset 0x30"),
+        (44, &[0xff; 4], "truncated in the headers, at offset 0x30"),
         (libxl, b"x", "magic of the libxl stream"),
         (libxl + 11, &[3], "version of the libxl stream"),
         (libxl + 15, &[1], "big-endian stream"),
-        (libxl + 20, &[0xff; 4], "cut off in record 0"),
+        (libxl + 20, &[0xff; 4], "truncated in record 0"),
         (
             libxl + 36,
             &[8],

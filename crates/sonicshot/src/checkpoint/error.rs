@@ -54,7 +54,7 @@ pub enum CheckpointError {
         computed: u128,
     },
     /// A field has a value that it cannot have.
-    #[error("{what} at {offset:#x} cannot be {value:#x}")]
+    #[error("{what} at {offset:#x} has the invalid value {value:#x}")]
     Corrupt {
         /// The field.
         what: &'static str,
@@ -97,10 +97,12 @@ pub enum CheckpointError {
         source: io::Error,
     },
     /// The guest's memory could not be read or written.
-    #[error("the guest's memory failed")]
+    #[error("reading the guest's memory")]
     Memory(#[from] MemoryError),
     /// The memory's layout is not the checkpoint's.
-    #[error("the checkpoint has RAM at {at} that the given memory has not, or the reverse")]
+    #[error(
+        "the RAM layout of the checkpoint is not that of the given memory: they differ from {at} on"
+    )]
     Layout {
         /// The first address in one and not in the other.
         at: Gpa,

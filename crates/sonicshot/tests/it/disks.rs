@@ -81,7 +81,9 @@ impl Case {
             .map(|disk| disk as &dyn DiskSource)
             .collect();
         let guesses = guesses.unwrap_or_else(|| {
-            let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, None).unwrap();
+            let finder =
+                DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, &WorkOptions::new())
+                    .unwrap();
             finder
                 .stream(&info.disks, &disks, &WorkOptions::new())
                 .unwrap()
@@ -385,7 +387,7 @@ fn what_is_attached_leaves_the_disks_as_they_are() {
     let file = case.save();
     let reader = CheckpointReader::new(file).unwrap();
     let (attached, _) = reader
-        .attach(vec![("note", &mut &b"mine"[..])], false, Vec::new())
+        .attach(vec![("note", &mut &b"mine"[..])], false, Vec::new(), &None)
         .unwrap();
     case.check(&attached);
 }

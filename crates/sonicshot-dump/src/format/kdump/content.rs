@@ -5,7 +5,9 @@
 
 use crate::DumpError;
 use crate::limit::allowed_for;
-use sonicshot::{Bytes, FileContent, FileOffset, FileRange, to_u64};
+use sonicshot::{
+    Bytes, FileContent, FileOffset, FileRange, PhaseProgress, Progress, WorkPhase, to_u64,
+};
 use std::collections::BinaryHeap;
 use std::path::Path;
 
@@ -38,7 +40,11 @@ struct Piece {
 }
 
 impl Content {
-    pub(super) fn new(path: &Path, file: FileContent) -> Result<Self, DumpError> {
+    pub(super) fn new(
+        path: &Path,
+        file: FileContent,
+        progress: &dyn Progress,
+    ) -> Result<Self, DumpError> {
         let mut content = Self {
             file,
             pieces: None,
@@ -46,7 +52,7 @@ impl Content {
         };
         let mut signature = [0; 16];
         if content.read(FileOffset::ZERO, &mut signature) && signature == *FLAT_SIGNATURE {
-            let (pieces, is_cut) = content.find_pieces(path)?;
+            let (pieces, is_cut) = content.find_pieces(path, progress)?;
             content.pieces = Some(pieces);
             content.is_cut = is_cut;
         }
@@ -122,7 +128,11 @@ impl Content {
 
     /// Walks the records of a flattened file: big-endian offset and length, then the bytes. Tells
     /// too whether it ends before its end mark; what is there of the last record counts.
-    fn find_pieces(&self, path: &Path) -> Result<(Vec<Piece>, bool), DumpError> {
+    fn find_pieces(
+        &self,
+        path: &Path,
+        progress: &dyn Progress,
+    ) -> Result<(Vec<Piece>, bool), DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
         let file_len = self.stored_len();
         let pair = |at| {
@@ -140,6 +150,7 @@ impl Content {
         let mut pieces = Vec::new();
         let mut at = FLAT_HEADER_LEN;
         let mut is_cut = false;
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, file_len);
         while !is_cut {
             let Some((to, len)) = pair(at) else {
                 is_cut = true;
@@ -167,7 +178,9 @@ impl Content {
                 return Err(bad("too many small pieces", at, to_u64(pieces.len())));
             }
             at = piece.end();
+            phase.reach(at.raw());
         }
+        phase.end();
         Ok((without_overlaps(pieces), is_cut))
     }
 }

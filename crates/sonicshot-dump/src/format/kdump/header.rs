@@ -66,7 +66,7 @@ impl Header {
         let field = |at: FileOffset| header.le_at::<u32>(at.raw()).ok_or_else(cut);
         if header.get(..8) != Some(SIGNATURE) {
             let found = header.le_at(0).ok_or_else(cut)?;
-            return Err(bad("no kdump header", begin, found));
+            return Err(bad("missing KDUMP magic", begin, found));
         }
         let version = field(VERSION)?;
         let machine = header.get(272..337).ok_or_else(cut)?;

@@ -27,7 +27,7 @@ struct KdumpDump {
 }
 
 fn open(source: Source<'_>) -> Result<KdumpDump, DumpError> {
-    let memory = KdumpFile::parse(source.path, source.content)?;
+    let memory = KdumpFile::parse(source.path, source.content, &source.known.progress)?;
     Ok(KdumpDump { memory })
 }
 

@@ -19,7 +19,8 @@ use crate::format::kdump::header::{
 use crate::format::notes::{Note, notes_in};
 use sonicshot::{
     Architecture, Bytes, Cursor, CutShort, FileContent, FileOffset, Gpa, GpaRange, GuestMemory,
-    MemoryError, PageSize, Pfn, PfnRange, RamLayout, Tally, to_u64, to_usize,
+    MemoryError, PageSize, Pfn, PfnRange, PhaseProgress, Progress, RamLayout, Tally, WorkPhase,
+    to_u64, to_usize,
 };
 use std::fmt;
 use std::fs::File;
@@ -137,26 +138,22 @@ impl KdumpFile {
                 why: "it is not a regular file with content",
             });
         }
-        Self::parse(path, open_content(path)?)
+        Self::parse(path, open_content(path)?, &None)
     }
 
     /// Reads the headers of the file.
-    pub(crate) fn parse(path: &Path, file: FileContent) -> Result<Self, DumpError> {
+    pub(crate) fn parse(
+        path: &Path,
+        file: FileContent,
+        progress: &dyn Progress,
+    ) -> Result<Self, DumpError> {
         let bad = |what, offset, value| DumpError::malformed(path, what, offset, value);
-        let content = Content::new(path, file)?;
+        let content = Content::new(path, file, progress)?;
         let header = Header::read(path, &content)?;
         let sub = SubHeader::read(path, &content, &header)?;
         let places = Places::new(path, &content, &header, &sub)?;
-        let Places { frames, .. } = places;
         let page_size = header.page_size;
-        let layout = layout_of(path, &content, places.present_at, frames, page_size)?;
-        let (ranks, dumped) = ranks_of(&content, places.dumped_at, frames).ok_or_else(|| {
-            bad(
-                "bitmaps beyond the end: truncated",
-                places.dumped_at,
-                frames,
-            )
-        })?;
+        let (layout, ranks, dumped) = index_of(path, &content, &places, page_size, progress)?;
         let notes = sub.notes.copy(path, &content, MAX_NOTES)?;
         let vmcoreinfo = sub.vmcoreinfo.copy(path, &content, MAX_VMCOREINFO)?;
         let vmcoreinfo = vmcoreinfo.or_else(|| {
@@ -173,7 +170,7 @@ impl KdumpFile {
             may_lack: header.status & INCOMPLETE != 0 || content.is_cut,
             codec: header.status & CODECS,
             dump_level: sub.dump_level,
-            frames,
+            frames: places.frames,
             dumped,
             vmcoreinfo,
             notes,
@@ -776,6 +773,28 @@ impl Decoder {
     }
 }
 
+/// The guest's RAM by the first bitmap, and the rank index of the second with all that it marks.
+fn index_of(
+    path: &Path,
+    content: &Content,
+    places: &Places,
+    page_size: PageSize,
+    progress: &dyn Progress,
+) -> Result<(RamLayout, Vec<u64>, u64), DumpError> {
+    let frames = places.frames;
+    let bitmaps = Tally::new(frames.div_ceil(8)).times(2).get();
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, bitmaps);
+    let at = places.present_at;
+    let layout = layout_of(path, content, at, frames, page_size, &mut phase)?;
+    let ranks = ranks_of(content, places.dumped_at, frames, &mut phase);
+    let (ranks, dumped) = ranks.ok_or_else(|| {
+        let what = "bitmaps beyond the end: truncated";
+        DumpError::malformed(path, what, places.dumped_at, frames)
+    })?;
+    phase.end();
+    Ok((layout, ranks, dumped))
+}
+
 /// The ranges of frames whose bit is set in the bitmap at `bitmap`.
 fn layout_of(
     path: &Path,
@@ -783,6 +802,7 @@ fn layout_of(
     bitmap: FileOffset,
     frames: u64,
     page_size: PageSize,
+    phase: &mut PhaseProgress<'_>,
 ) -> Result<RamLayout, DumpError> {
     let bad = |what, value| DumpError::malformed(path, what, bitmap, value);
     let mut regions: Vec<GpaRange> = Vec::new();
@@ -798,7 +818,7 @@ fn layout_of(
         }
         regions.len() <= MAX_REGIONS
     };
-    let few = for_words(content, bitmap, frames, |base, word| {
+    let few = for_words(content, bitmap, frames, phase, |base, word| {
         let mut at = 0_u32;
         while at < 64 {
             // Shifted by less than 64, as the loop says.
@@ -839,10 +859,15 @@ fn marked_below(bits: &Presence, end: u64) -> u64 {
 }
 
 /// The rank index of the bitmap, and how many bits are set in all.
-fn ranks_of(content: &Content, bitmap: FileOffset, frames: u64) -> Option<(Vec<u64>, u64)> {
+fn ranks_of(
+    content: &Content,
+    bitmap: FileOffset,
+    frames: u64,
+    phase: &mut PhaseProgress<'_>,
+) -> Option<(Vec<u64>, u64)> {
     let mut ranks = Vec::new();
     let mut sum = 0_u64;
-    for_words(content, bitmap, frames, |base, word| {
+    for_words(content, bitmap, frames, phase, |base, word| {
         if base.is_multiple_of(RANK_FRAMES) {
             ranks.push(sum);
         }
@@ -863,6 +888,7 @@ fn for_words(
     content: &Content,
     bitmap: FileOffset,
     frames: u64,
+    phase: &mut PhaseProgress<'_>,
     mut each: impl FnMut(u64, u64) -> Option<()>,
 ) -> Option<()> {
     // A bitmap is whole blocks, the smallest of which is that long.
@@ -878,6 +904,7 @@ fn for_words(
             each(frame, word)?;
             frame = frame.checked_add(64)?;
         }
+        phase.add(to_u64(buffer.len()));
     }
     Some(())
 }

@@ -396,18 +396,18 @@ fn walk<'a>(
         let number = header(&mut cursor, device)?;
         let start = cursor.at().raw();
         let len = device.part.len();
-        let len = len.ok_or_else(|| cursor.malformed("the length of a section", start))?;
+        let len = len.ok_or_else(|| cursor.malformed("invalid length of a section", start))?;
         cursor.skip(len)?;
         let bytes = state
             .part(start, len)
-            .ok_or_else(|| cursor.malformed("the end of a section", start))?;
+            .ok_or_else(|| cursor.malformed("invalid end of a section", start))?;
         if cursor.peek() == Some(SECTION_FOOTER) {
             cursor.footer(number)?;
         }
         sections.push(Section { device, bytes });
     }
     if cursor.at().raw() != end {
-        return Err(cursor.malformed("the end of the devices' state", end));
+        return Err(cursor.malformed("missing end of the device state", end));
     }
     Ok(sections)
 }

@@ -202,18 +202,18 @@ impl MappedRam {
         let mut total = 0_u64;
         while total < start.total {
             if blocks.len() >= MAX_BLOCKS {
-                return Err(cursor.malformed("the number of memory blocks", total));
+                return Err(cursor.malformed("invalid number of memory blocks", total));
             }
             let block = block(&mut cursor, to_u64(data.len()))?;
             let sum = total.checked_add(block.pages.len());
-            total = sum.ok_or_else(|| cursor.malformed("the size of all memory", total))?;
+            total = sum.ok_or_else(|| cursor.malformed("invalid size of all memory", total))?;
             // The next block is behind the room for this one's pages.
             cursor.seek(block.pages.end());
             blocks.push(block);
         }
         let end = cursor.be::<u64>()?;
         if total != start.total || end != FLAG_EOS {
-            return Err(cursor.malformed("the end of the memory blocks", end));
+            return Err(cursor.malformed("missing end of the memory blocks", end));
         }
         cursor.footer(start.ram_section)?;
         let after = cursor.at();
@@ -436,21 +436,21 @@ fn block(cursor: &mut Cursor<'_>, file_len: u64) -> Result<Block, DumpError> {
     let len = cursor.be::<u64>()?;
     let version = cursor.be::<u32>()?;
     if version != MAPPED_RAM_VERSION {
-        return Err(cursor.malformed("the version of a mapped-ram header", version.into()));
+        return Err(cursor.malformed("invalid version of a mapped-ram header", version.into()));
     }
     let page_size = cursor.be::<u64>()?;
     if page_size != TARGET_PAGE || len % TARGET_PAGE != 0 || len == 0 {
-        return Err(cursor.malformed("the page size or length of a memory block", page_size));
+        return Err(cursor.malformed("invalid page size or length of a memory block", page_size));
     }
     let bitmap_at = FileOffset::new(cursor.be()?);
     let pages_at = FileOffset::new(cursor.be()?);
     let bitmap_len = len.div_ceil(TARGET_PAGE).div_ceil(8);
     let bitmap = FileRange::with_len(bitmap_at, bitmap_len)
         .filter(|bitmap| bitmap.start() >= cursor.at() && bitmap.end() <= pages_at)
-        .ok_or_else(|| cursor.malformed("the offset of a bitmap", bitmap_at.raw()))?;
+        .ok_or_else(|| cursor.malformed("invalid offset of a bitmap", bitmap_at.raw()))?;
     let pages = FileRange::with_len(pages_at, len)
         .filter(|pages| pages.end().raw() <= file_len)
-        .ok_or_else(|| cursor.malformed("the offset of a block's pages", pages_at.raw()))?;
+        .ok_or_else(|| cursor.malformed("invalid offset of a block's pages", pages_at.raw()))?;
     Ok(Block {
         name,
         bitmap,

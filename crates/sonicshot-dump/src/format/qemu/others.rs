@@ -140,7 +140,7 @@ impl Others {
             return Err(cursor.malformed(what, number.into()));
         }
         if self.begun.len() >= MAX_OTHERS {
-            return Err(cursor.malformed("the number of sections", 0));
+            return Err(cursor.malformed("invalid number of sections", 0));
         }
         self.begun.push(Begun { number, kind, at });
         Ok(())
@@ -207,7 +207,7 @@ fn pass_host_device(cursor: &mut Cursor<'_>) -> Result<(), DumpError> {
                 cursor.skip(len)?;
             }
             HOST_END | HOST_FIRST_SENT => return Ok(()),
-            other => return Err(cursor.malformed("the state of a device of the host", other)),
+            other => return Err(cursor.malformed("invalid state of a device of the host", other)),
         }
     }
 }

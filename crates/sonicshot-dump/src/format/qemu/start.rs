@@ -159,7 +159,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
     }
     let version = cursor.be::<u32>()?;
     if version != VERSION {
-        return Err(cursor.malformed("a migration version", version.into()));
+        return Err(cursor.malformed("unsupported version of a migration stream", version.into()));
     }
     let mut start = Start::new(cursor.at());
     if cursor.peek() == Some(CONFIGURATION) {
@@ -176,7 +176,9 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
                 CAPABILITIES => {
                     let count = cursor.be::<u32>()?;
                     if count > MAX_CAPABILITIES {
-                        return Err(cursor.malformed("the number of capabilities", count.into()));
+                        return Err(
+                            cursor.malformed("invalid number of capabilities", count.into())
+                        );
                     }
                     for _ in 0..count {
                         start.capabilities.push(cursor.name()?);
@@ -186,7 +188,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
                 "configuration/target-page-bits" => {
                     let bits = cursor.be::<u32>()?;
                     if 1_u64.checked_shl(bits) != Some(TARGET_PAGE) {
-                        return Err(cursor.malformed("the size of a page", bits.into()));
+                        return Err(cursor.malformed("invalid size of a page", bits.into()));
                     }
                 }
                 "configuration/uuid" => drop(cursor.bytes::<16>()?),
@@ -210,7 +212,7 @@ pub(crate) fn start(cursor: &mut Cursor<'_>) -> Result<Start, DumpError> {
         return Err(cursor.malformed(what, start.ram_section.into()));
     }
     if total & IN_PAGE != FLAG_MEM_SIZE {
-        return Err(cursor.malformed("the size of all memory", total));
+        return Err(cursor.malformed("invalid size of all memory", total));
     }
     start.total = total & !IN_PAGE;
     Ok(start)
@@ -248,7 +250,7 @@ pub(crate) fn other_sections(cursor: &mut Cursor<'_>, start: &mut Start) -> Resu
                     return Ok(());
                 };
                 if start.plugged.len() >= MAX_PLUGGED {
-                    return Err(ahead.malformed("the number of virtio-mem devices", 0));
+                    return Err(ahead.malformed("invalid number of virtio-mem devices", 0));
                 }
                 let range = virtio_mem(&mut ahead)?;
                 start.plugged.push(Plugged {
@@ -279,11 +281,12 @@ fn virtio_mem(cursor: &mut Cursor<'_>) -> Result<GpaRange, DumpError> {
     let range = GpaRange::with_len(Gpa::new(address), len);
     let pieces = len.checked_div(piece).filter(|_| len % TARGET_PAGE == 0);
     let (Some(range), Some(pieces)) = (range, pieces) else {
-        return Err(cursor.malformed("the memory of a virtio-mem device", len));
+        return Err(cursor.malformed("invalid memory of a virtio-mem device", len));
     };
     // A bit for each piece, in words.
     let words = pieces.div_ceil(64).checked_mul(8);
-    let words = words.ok_or_else(|| cursor.malformed("the memory of a virtio-mem device", len))?;
+    let words =
+        words.ok_or_else(|| cursor.malformed("invalid memory of a virtio-mem device", len))?;
     cursor.skip(words)?;
     Ok(range)
 }

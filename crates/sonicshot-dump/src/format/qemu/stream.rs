@@ -238,14 +238,14 @@ impl Stream {
             let name = cursor.name()?;
             let len = cursor.be::<u64>()?;
             if blocks.len() >= MAX_BLOCKS || len == 0 || len & FLAGS != 0 {
-                return Err(cursor.malformed("the length of a memory block", len));
+                return Err(cursor.malformed("invalid length of a memory block", len));
             }
             let all = total.checked_add(len);
-            total = all.ok_or_else(|| cursor.malformed("the length of a memory block", len))?;
+            total = all.ok_or_else(|| cursor.malformed("invalid length of a memory block", len))?;
             blocks.push((name, len));
         }
         if total != start.total {
-            return Err(cursor.malformed("the size of all memory", total));
+            return Err(cursor.malformed("invalid size of all memory", total));
         }
         // Where a virtio-mem device has its memory stands behind the first part.
         let mut ahead = cursor.clone();
@@ -267,7 +267,7 @@ impl Stream {
             }
         }
         if pages(&blocks).is_none_or(|pages| pages > most) {
-            return Err(cursor.malformed("the size of all memory", total));
+            return Err(cursor.malformed("invalid size of all memory", total));
         }
         Ok(Self {
             blocks,
@@ -317,7 +317,7 @@ impl Stream {
                     FLAG_COMPRESSED => {
                         return Err(unsupported("a migration stream with compressed pages"));
                     }
-                    other => return Err(cursor.malformed("the kind of a page's record", other)),
+                    other => return Err(cursor.malformed("unknown flags of a page record", other)),
                 }
                 if flags & FLAG_CONTINUE == 0 {
                     let name = cursor.name()?;
@@ -329,7 +329,7 @@ impl Stream {
                 } else {
                     let fill = cursor.be::<u8>()?;
                     if fill != 0 {
-                        return Err(cursor.malformed("the byte that fills a page", fill.into()));
+                        return Err(cursor.malformed("nonzero fill byte of a page", fill.into()));
                     }
                 }
                 each(&Record {
@@ -378,8 +378,9 @@ impl Stream {
         let mut phase = PhaseProgress::begin(progress, WorkPhase::Opening, len);
         let end = self.walk(path, data, |record| {
             phase.reach(record.end.raw());
-            let bad =
-                || DumpError::malformed(path, "the address of a page", record.at, record.address);
+            let bad = || {
+                DumpError::malformed(path, "invalid address of a page", record.at, record.address)
+            };
             let found = record
                 .block
                 .and_then(|block| places.get_mut(block)?.as_mut());
@@ -436,7 +437,7 @@ impl Stream {
             }
             // The record's beginning stays but for its flags: name and place are the same.
             let before = |from: FileOffset, to: FileOffset| {
-                let what = "a record before the last";
+                let what = "record that overlaps the one before it";
                 let wrong = || DumpError::malformed(path, what, from, to.raw());
                 let range = FileRange::between(from, to);
                 range.map(Part::Copy).ok_or_else(wrong)
@@ -488,7 +489,7 @@ fn of_stream<'a>(
 ) -> Result<Content<'a>, DumpError> {
     let (path, data) = (dump.path(), dump.bytes());
     let pages = stream.blocks.iter().map(|block| block.len / TARGET_PAGE);
-    let bad = |total| DumpError::malformed(path, "the size of all memory", begin, total);
+    let bad = |total| DumpError::malformed(path, "invalid size of all memory", begin, total);
     let total = sum_of_lens(pages).ok_or_else(|| bad(stream.most))?;
     if total > stream.most {
         return Err(bad(total));

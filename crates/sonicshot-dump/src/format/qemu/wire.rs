@@ -43,7 +43,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn told<T>(&self, read: Result<T, CutShort>) -> Result<T, DumpError> {
-        read.map_err(|_| self.malformed("the end of the file inside a field", 0))
+        read.map_err(|_| self.malformed("truncated: the file ends inside a field", 0))
     }
 
     pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], DumpError> {
@@ -60,11 +60,11 @@ impl<'a> Cursor<'a> {
     /// A text of so many bytes.
     pub(crate) fn text(&mut self, len: u32) -> Result<String, DumpError> {
         if len > MAX_NAME {
-            return Err(self.malformed("the length of a name", len.into()));
+            return Err(self.malformed("invalid length of a name", len.into()));
         }
         let mut ahead = self.fields;
         let name = ahead.take(len.into()).map(Bytes::copied);
-        let cut = || self.malformed("the end of the file inside a field", 0);
+        let cut = || self.malformed("truncated: the file ends inside a field", 0);
         let name = name.ok().flatten().ok_or_else(cut)?;
         self.fields = ahead;
         String::from_utf8(name).map_err(|_| self.malformed("a name that is not UTF-8", len.into()))
@@ -79,7 +79,7 @@ impl<'a> Cursor<'a> {
     /// Passes over bytes that are there.
     pub(crate) fn skip(&mut self, len: u64) -> Result<(), DumpError> {
         let skipped = self.fields.skip(len);
-        skipped.map_err(|_| self.malformed("the end of the file inside a page", len))
+        skipped.map_err(|_| self.malformed("truncated: the file ends inside a page", len))
     }
 
     /// The number of a section, which must be this.
@@ -88,7 +88,7 @@ impl<'a> Cursor<'a> {
         if found == wanted {
             return Ok(());
         }
-        Err(self.malformed("the number of a section", found.into()))
+        Err(self.malformed("invalid number of a section", found.into()))
     }
 
     /// The end of a section, if it is marked.

@@ -5,7 +5,7 @@ use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::elf_core;
 use crate::format::kind::{Format, Kind, Source, boxed};
-use crate::format::xen::{PAGE, failed, processors};
+use crate::format::xen::{PAGE, failed, options, processors};
 use sonicshot::{Architecture, P2m, Processors};
 use sonicshot_xen::{CoreDump, DomainKind};
 
@@ -24,7 +24,8 @@ struct XenCore {
 }
 
 fn open(source: Source<'_>) -> Result<XenCore, DumpError> {
-    let core = CoreDump::parse(source.data()).map_err(failed(source.path))?;
+    let core =
+        CoreDump::parse_with(source.data(), &options(&source)).map_err(failed(source.path))?;
     let machine = elf_core::wire::machine(source.path, core.machine())?;
     let extents = extents(&core);
     let mapped = source.mapped(extents)?;

@@ -8,7 +8,7 @@ use crate::backing::Stored;
 use crate::backing::plain::{Extent, PlainDump};
 use crate::format::ability::{AsStream, ByCopy, Copying, EachPart, Part, Skeletal};
 use crate::format::kind::{Format, Kind, Source, boxed};
-use crate::format::xen::{PAGE, failed, processors};
+use crate::format::xen::{PAGE, failed, options, processors};
 use crate::prune::stats::PruneStats;
 use crate::prune::stream;
 use sonicshot::{Fill, GpaRange, PfnRange, Processors, PrunePlan, Tally, to_u64};
@@ -32,7 +32,8 @@ struct XlDump {
 }
 
 fn open(source: Source<'_>) -> Result<XlDump, DumpError> {
-    let image = XlImage::parse(source.data()).map_err(failed(source.path))?;
+    let image =
+        XlImage::parse_with(source.data(), &options(&source)).map_err(failed(source.path))?;
     let extents = extents(&image);
     let mut mapped = source.mapped(extents)?;
     mapped.trust_extents();

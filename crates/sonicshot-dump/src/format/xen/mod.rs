@@ -6,12 +6,20 @@ pub(crate) mod image;
 pub(crate) mod join;
 
 use crate::DumpError;
+use crate::format::kind::Source;
 use crate::processors::{Halted, Registers, told};
 use sonicshot::{GuestMemory, PageSize, Processor, Processors};
-use sonicshot_xen::{DomainKind, Vcpu, Vcpus, XenError};
+use sonicshot_xen::{DomainKind, ParseOptions, Vcpu, Vcpus, XenError};
 use std::path::Path;
 
 const PAGE: PageSize = PageSize::SIZE_4K;
+
+/// Options for reading `source`, with whoever is told how far it is.
+fn options(source: &Source<'_>) -> ParseOptions {
+    let mut options = ParseOptions::new();
+    options.progress.clone_from(&source.known.progress);
+    options
+}
 
 fn failed(path: &Path) -> impl Fn(XenError) -> DumpError + use<'_> {
     move |source| DumpError::Xen {

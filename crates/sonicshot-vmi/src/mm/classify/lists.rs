@@ -7,7 +7,7 @@ use crate::kernel::Kernel;
 use crate::mm::mem_map::MemMap;
 use crate::mm::zone::{FreeLists, Listed, ListedBlock, Zone, Zones, counter_bound};
 use crate::note::Note;
-use sonicshot::{PageMap, PfnRange, Tally};
+use sonicshot::{PageMap, PageSize, PfnRange, PhaseProgress, Progress, Tally, WorkPhase};
 
 /// The findings in the lists.
 pub(super) struct Walked {
@@ -24,18 +24,22 @@ pub(super) fn walk(
     zones: &Zones,
     lru: u64,
     map: &PageMap,
-    notes: &mut Vec<Note>,
+    (notes, progress): (&mut Vec<Note>, &dyn Progress),
 ) -> Result<Walked, VmiError> {
+    let total = counted(zones, map.page_size());
     let mut walk = Walk {
         zones,
         lists: FreeLists::new(mem_map, kernel, lru),
         marks: Marks::new(map),
         wrong: Disagreements::default(),
+        phase: PhaseProgress::begin(progress, WorkPhase::WalkingLists, total),
+        page_size: map.page_size(),
     };
     let mut reports = Vec::new();
     for zone in &zones.zones {
         reports.push(walk.zone(zone)?);
     }
+    walk.phase.end();
     if let Some(why) = &zones.no_pcp {
         notes.push(Note::PerCpuListsKept { why: why.clone() });
     }
@@ -51,6 +55,20 @@ struct Walk<'a, 'm> {
     lists: FreeLists<'a, 'm>,
     marks: Marks,
     wrong: Disagreements,
+    phase: PhaseProgress<'a>,
+    page_size: PageSize,
+}
+
+/// The bytes of the pages that the zones count on their lists: by `nr_free`, which is held against the
+/// lists later, and only told of here.
+fn counted(zones: &Zones, page_size: PageSize) -> u64 {
+    let mut pages = Tally::ZERO;
+    for zone in &zones.zones {
+        for (order, blocks) in (0_u32..).zip(&zone.nr_free) {
+            pages.add(Tally::new(*blocks).times(1_u64.unbounded_shl(order)).get());
+        }
+    }
+    pages.times(page_size.bytes()).get()
 }
 
 impl Walk<'_, '_> {
@@ -75,11 +93,13 @@ impl Walk<'_, '_> {
             isolated: 0,
             pcp: 0,
         };
-        let (marks, wrong) = (&mut self.marks, &mut self.wrong);
+        let (marks, wrong, phase) = (&mut self.marks, &mut self.wrong, &mut self.phase);
+        let page_size = self.page_size.bytes();
         self.zones
             .walk_free_lists(&mut self.lists, zone, &mut |found| {
                 let block = note_listed(found, 0, zone, marks, wrong)?;
                 let pages = block.pages().ok_or_else(too_many)?;
+                phase.add(Tally::new(pages).times(page_size).get());
                 report.listed = report.listed.checked_add(pages).ok_or_else(too_many)?;
                 if block.isolated {
                     report.isolated = report.isolated.checked_add(pages).ok_or_else(too_many)?;

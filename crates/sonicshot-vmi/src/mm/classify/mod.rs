@@ -162,13 +162,20 @@ pub(crate) fn scan(
     let layout_of_ram = kernel.space.memory().layout();
     let mut map = PageMap::new(layout_of_ram, mem_map.page_size);
     let total = layout_of_ram.bytes();
-    let mut phase = PhaseProgress::begin(progress, WorkPhase::Classifying, total);
     let lists::Walked {
         marks,
         zones: mut reports,
         mut wrong,
-    } = lists::walk(kernel, mem_map, zones, layout.lru, &map, &mut notes)
-        .map_err(|error| error.of_lists(zones.knowledge))?;
+    } = lists::walk(
+        kernel,
+        mem_map,
+        zones,
+        layout.lru,
+        &map,
+        (&mut notes, progress),
+    )
+    .map_err(|error| error.of_lists(zones.knowledge))?;
+    let mut phase = PhaseProgress::begin(progress, WorkPhase::Classifying, total);
     let mut offline =
         OfflineSections::find(kernel, mem_map, zones, &|frames| marks.any_in(frames))?;
     let spans: Vec<PfnRange> = reports.iter().map(|zone| zone.span).collect();

@@ -8,10 +8,9 @@ use crate::checkpoint::wire::layout::{checksum, narrow, size, too_large};
 use crate::to_u64;
 use crate::work::{for_each_told, map_in_order};
 use crate::{
-    ClassSet, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, Progress,
-    PrunePlan, Tally, WorkOptions,
+    ClassSet, GuestMemory, MemoryError, PageClass, PageMap, PageSize, Pfn, PfnRange, PhaseProgress,
+    Progress, PrunePlan, Tally, WorkOptions, WorkPhase,
 };
-use core::num::NonZeroUsize;
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::fmt;
 
@@ -51,8 +50,8 @@ impl DiskFinder {
         .with(PageClass::PageCacheDirty)
         .with(PageClass::Unknown);
 
-    /// Looks at the pages of `classes` that `plan` keeps, on `threads` threads or all cores. Pages of
-    /// zeroes, or of one word over and over, are not looked for.
+    /// Looks at the pages of `classes` that `plan` keeps. Pages of zeroes, or of one word over and
+    /// over, are not looked for.
     ///
     /// # Errors
     /// [`CheckpointError::Memory`] if the memory cannot be read.
@@ -61,10 +60,10 @@ impl DiskFinder {
         map: &PageMap,
         plan: &PrunePlan,
         classes: ClassSet,
-        threads: Option<NonZeroUsize>,
+        options: &WorkOptions,
     ) -> Result<Self, CheckpointError> {
         let pieces = pieces(memory, map, plan, classes);
-        Self::of_pieces(memory, map.page_size(), pieces, threads, MAX_FRAMES)
+        Self::of_pieces(memory, map.page_size(), pieces, options, MAX_FRAMES)
     }
 
     /// Of the first `most` of the frames.
@@ -72,22 +71,27 @@ impl DiskFinder {
         memory: &dyn GuestMemory,
         page_size: PageSize,
         pieces: Vec<PfnRange>,
-        threads: Option<NonZeroUsize>,
+        options: &WorkOptions,
         most: usize,
     ) -> Result<Self, CheckpointError> {
         let frames = PfnRange::total_of(&pieces);
         let mut entries = Vec::with_capacity(size(frames).min(most));
+        let total = Tally::new(frames).times(page_size.bytes()).get();
+        let phase = WorkPhase::SearchingDisks;
+        let mut phase = PhaseProgress::begin(&options.progress, phase, total);
         map_in_order(
-            crate::work::threads(threads),
+            options.thread_count(),
             pieces,
             Vec::new,
-            |buffer, piece| hashes(memory, page_size, piece, buffer),
-            |found| {
+            |buffer, piece| (piece, hashes(memory, page_size, piece, buffer)),
+            |(piece, found)| {
+                phase.add(Tally::new(piece.len()).times(page_size.bytes()).get());
                 entries.extend(found?);
                 entries.truncate(most);
                 Ok::<_, CheckpointError>(())
             },
         )?;
+        phase.end();
         entries.sort_unstable();
         Self::of(entries, page_size)
     }
@@ -154,6 +158,7 @@ impl DiskFinder {
             .collect();
         let total = known.iter().map(|disk| disk.bytes).sum::<Tally>().get();
         let progress = &options.progress;
+        progress.begin(WorkPhase::SearchingDisks);
         let mut before = Tally::ZERO;
         if self.entries.is_empty() {
             progress.tell(total, total);
@@ -348,6 +353,7 @@ fn data_pieces(disk: &dyn DiskSource) -> Result<Vec<DiskRange>, (DiskOffset, std
 mod tests {
     use super::*;
     use crate::{DropClasses, Fill, GuestBytes, MappedRegions};
+    use core::num::NonZeroUsize;
     use std::sync::{Arc, Mutex};
 
     const PAGE: usize = 4096;
@@ -372,7 +378,9 @@ mod tests {
         set(&mut map, 2, PageClass::Kernel);
         let plan = PrunePlan::new(&map, &DropClasses::default(), Fill::Zero);
         let threads = NonZeroUsize::new(threads);
-        let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, threads).unwrap();
+        let mut work = WorkOptions::new();
+        work.threads = threads;
+        let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, &work).unwrap();
         let infos: Vec<_> = disks
             .iter()
             .map(|disk| DiskInfo::of("disk", disk, crate::checkpoint::DiskHash::Xxh3, &[]).unwrap())
@@ -447,7 +455,8 @@ mod tests {
             MappedRegions::new(vec![(crate::Gpa::ZERO, GuestBytes::from_slice(&ram))]).unwrap();
         for (most, pages) in [(3, 3), (20, 20), (MAX_FRAMES, 20)] {
             let pieces = vec![PfnRange::new(Pfn::new(0), Pfn::new(20))];
-            let finder = DiskFinder::of_pieces(&guest, PageSize::SIZE_4K, pieces, None, most);
+            let finder =
+                DiskFinder::of_pieces(&guest, PageSize::SIZE_4K, pieces, &WorkOptions::new(), most);
             assert_eq!(finder.unwrap().pages(), pages);
         }
     }

@@ -8,7 +8,7 @@ use crate::checkpoint::disk::source::DiskRange;
 use crate::checkpoint::wire::disk::DiskRun;
 use crate::checkpoint::wire::layout::size;
 use crate::work::for_each_told;
-use crate::{PageSize, Progress, Tally, WorkOptions};
+use crate::{PageSize, Progress, Tally, WorkOptions, WorkPhase};
 use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,7 +28,7 @@ pub(crate) type TakeRun<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<(), Checkp
 /// Runs that are read together.
 pub(crate) struct Span {
     disk: u32,
-    range: DiskRange,
+    pub range: DiskRange,
     /// The runs, and the numbers of their records.
     pub runs: Vec<(u64, DiskRun)>,
 }
@@ -143,6 +143,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             .sum::<Tally>()
             .get();
         let seen = AtomicU64::new(0);
+        options.progress.begin(WorkPhase::CheckingDisks);
         for_each_told(
             options.thread_count(),
             &spans,

@@ -2,7 +2,7 @@
 
 pub(crate) mod chunk;
 mod chunks;
-mod disks;
+pub(crate) mod disks;
 mod memory;
 pub(crate) mod reader;
 pub(crate) mod source;

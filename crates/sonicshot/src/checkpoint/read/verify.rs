@@ -10,7 +10,7 @@ use crate::checkpoint::wire::info::{PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, size, too_large};
 use crate::to_u64;
 use crate::work::for_each_told;
-use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally, WorkOptions};
+use crate::{FileOffset, GuestMemory, PfnRange, Progress, Tally, WorkOptions, WorkPhase};
 use core::sync::atomic::{AtomicU64, Ordering};
 use twox_hash::XxHash3_128;
 
@@ -30,6 +30,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         S: Sync,
     {
         let progress = &options.progress;
+        progress.begin(WorkPhase::Checking);
         let mut digest = XxHash3_128::new();
         let footer_at = footer_at(self.footer.file_len)?;
         let covered = behind(footer_at, Footer::digested_len())?.raw();
@@ -95,6 +96,7 @@ impl<S: RangeSource> CheckpointReader<S> {
         let count = self.index.run_count();
         let page = self.header.info.page_size.bytes();
         let (seen, total) = (AtomicU64::new(0), self.header.info.layout.bytes());
+        options.progress.begin(WorkPhase::Comparing);
         // A page at an end of RAM may be part of it.
         let tell = |pages| {
             let done = Tally::new(pages).times(page).up_to(total);

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::read::chunk::{ChunkDecoder, check_chunk};
+use crate::checkpoint::read::disks::Span;
 use crate::checkpoint::read::reader::CheckpointReader;
 use crate::checkpoint::read::source::RangeSource;
 use crate::checkpoint::wire::frames::{copy_exact, fill_words, ram_in, ram_of, range_of, slice_of};
@@ -10,12 +11,15 @@ use crate::checkpoint::wire::info::{CheckpointInfo, PageContent, PageRun};
 use crate::checkpoint::wire::layout::{behind, checksum, plus, size};
 use crate::memory::ram;
 use crate::to_u64;
-use crate::work::{for_each, for_each_told};
-use crate::{Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Stop, Tally};
+use crate::work::for_each_told;
+use crate::{
+    Gpa, GpaRange, LayoutError, MemoryError, PfnRange, Progress, RamLayout, Stop, Tally, WorkPhase,
+};
 use core::hash::Hasher;
 use core::marker::PhantomData;
 use core::num::NonZeroUsize;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
@@ -311,13 +315,25 @@ impl<S: RangeSource> CheckpointReader<S> {
         let index = self.index();
         let chunks = index.chunk_count();
         let chunk_size = u64::from(self.chunk_size());
-        let total = Tally::new(chunks).times(chunk_size).get();
+        let spans = self.disk_spans()?;
+        let to_fill = match target.reads_as_zero() {
+            // Those of other words take no time worth telling of.
+            true => 0,
+            false => self.filled_bytes()?,
+        };
+        let in_chunks = Tally::new(chunks).times(chunk_size);
+        let on_disks: Tally = spans.iter().map(|span| span.range.len()).sum();
+        let total = in_chunks.and(on_disks.get()).and(to_fill).get();
+        options.progress.begin(WorkPhase::Restoring);
+        let tell = |before: Tally, done: u64| {
+            options.progress.tell(before.and(done).up_to(total), total);
+        };
         let runs = DataRuns::of(index);
-        let told = |done| Tally::new(done).times(chunk_size).get();
+        let told = |done| Tally::new(done).times(chunk_size).up_to(in_chunks.get());
         for_each_told(
             threads,
             0..chunks,
-            |done| options.progress.tell(told(done), total),
+            |done| tell(Tally::ZERO, told(done)),
             || self.decoder(),
             |decoder, number| {
                 let chunk = index.chunk(number)?;
@@ -325,14 +341,40 @@ impl<S: RangeSource> CheckpointReader<S> {
                 self.restore_chunk(decoder, target, &chunk, &stores, &refers)
             },
         )?;
+        self.restore_disks(target, threads, &spans, &|done| tell(in_chunks, done))?;
+        let before = in_chunks.and(on_disks.get());
+        self.restore_words(target, threads, &|done| tell(before, done))?;
         // Threads that nobody tells of may have had the last ones.
         options.progress.tell(total, total);
-        self.restore_disks(target, threads)?;
-        let zeroed = target.reads_as_zero();
-        let count = index.run_count();
-        for_each(
+        Ok(())
+    }
+
+    /// The bytes that are one word over and over, or read as zeroes.
+    fn filled_bytes(&self) -> Result<u64, CheckpointError> {
+        let mut filled = Tally::ZERO;
+        for number in 0..self.index().run_count() {
+            let run = self.index().run(number)?;
+            if run.content.word().is_some() {
+                filled.add(run.frames.len());
+            }
+        }
+        Ok(filled.times(self.info().page_size.bytes()).get())
+    }
+
+    /// Fills what is one word over and over; zeroes only where the target does not read so.
+    fn restore_words(
+        &self,
+        target: &dyn RestoreTarget,
+        threads: NonZeroUsize,
+        tell: &dyn Fn(u64),
+    ) -> Result<(), CheckpointError> {
+        let (index, zeroed) = (self.index(), target.reads_as_zero());
+        let (count, page) = (index.run_count(), self.info().page_size.bytes());
+        let filled = AtomicU64::new(0);
+        for_each_told(
             threads,
             (0..count).step_by(RUNS),
+            |_| tell(filled.load(Ordering::Relaxed)),
             || (),
             |(), first| {
                 for number in (first..count).take(RUNS) {
@@ -340,6 +382,8 @@ impl<S: RangeSource> CheckpointReader<S> {
                     match run.content.word() {
                         Some(word) if word != 0 || !zeroed => {
                             self.restore_word(target, &run, word)?;
+                            let bytes = Tally::new(run.frames.len()).times(page).get();
+                            filled.fetch_add(bytes, Ordering::Relaxed);
                         }
                         _ => {}
                     }
@@ -354,8 +398,9 @@ impl<S: RangeSource> CheckpointReader<S> {
         &self,
         target: &dyn RestoreTarget,
         threads: NonZeroUsize,
+        spans: &[Span],
+        tell: &dyn Fn(u64),
     ) -> Result<(), CheckpointError> {
-        let spans = self.disk_spans()?;
         if spans.is_empty() {
             return Ok(());
         }
@@ -364,7 +409,10 @@ impl<S: RangeSource> CheckpointReader<S> {
             .filter(|run| matches!(run.content, PageContent::Disk { .. }))
             .map(|run| run.frames)
             .collect();
-        for_each(threads, &spans, Vec::new, |buffer, span| {
+        let read = AtomicU64::new(0);
+        let told = |_| tell(read.load(Ordering::Relaxed));
+        for_each_told(threads, spans, told, Vec::new, |buffer, span| {
+            read.fetch_add(span.range.len(), Ordering::Relaxed);
             self.read_span(span, buffer, &mut |record, bytes| {
                 // Runs on disks are numbered as they come in the index.
                 let frames = frames.get(size(record));

@@ -2,10 +2,10 @@
 
 use super::sink::Sink;
 use super::writer::{add_blob, end};
-use crate::FileOffset;
 use crate::checkpoint::wire::builder::IndexBuilder;
 use crate::checkpoint::wire::record::BlobEntry;
 use crate::checkpoint::{CheckpointError, CheckpointReader, RangeSource, SaveStats};
+use crate::{FileOffset, PhaseProgress, Progress, WorkPhase};
 use core::hash::Hasher;
 use std::io::{Read, Write};
 use twox_hash::XxHash3_64;
@@ -37,12 +37,15 @@ impl<S: RangeSource> CheckpointReader<S> {
     /// # writer.memory(&guest, &map, &plan)?;
     /// # let file = writer.finish()?.0;
     /// let checkpoint = CheckpointReader::new(file)?;
-    /// let (file, _) = checkpoint.attach(vec![("note", &mut &b"mine"[..])], false, Vec::new())?;
+    /// let note = ("note", &mut &b"mine"[..] as &mut dyn std::io::Read);
+    /// let (file, _) = checkpoint.attach(vec![note], false, Vec::new(), &None)?;
     /// let attached = CheckpointReader::new(file)?;
     /// assert_eq!(attached.read_blob("note")?, b"mine");
     /// assert!(attached.runs().eq(checkpoint.runs()));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    ///
+    /// `progress` is told of the bytes of this checkpoint, as [`WorkPhase::Saving`].
     ///
     /// # Errors
     /// [`CheckpointError::BlobExists`] if a name is taken, [`CheckpointError::Checksum`] if this
@@ -52,7 +55,10 @@ impl<S: RangeSource> CheckpointReader<S> {
         blobs: Vec<(&str, &mut dyn Read)>,
         replace: bool,
         out: W,
+        progress: &dyn Progress,
     ) -> Result<(W, SaveStats), CheckpointError> {
+        let total = self.index_offset().raw();
+        let mut phase = PhaseProgress::begin(progress, WorkPhase::Saving, total);
         let mut index = IndexBuilder::again(self.index());
         let mut sink = Sink::new(out);
         let is_new = |name: &str| blobs.iter().any(|(new, _)| *new == name);
@@ -61,7 +67,8 @@ impl<S: RangeSource> CheckpointReader<S> {
         self.each_part(FileOffset::ZERO, header.raw(), &mut |bytes| {
             sink.write(bytes)
         })?;
-        for (_, part) in parts {
+        for (at, part) in parts {
+            phase.reach(at.raw());
             match part {
                 Part::Chunk(number) => self.copy_chunk(number, &mut sink, &mut index)?,
                 Part::Blob(blob) if is_new(&blob.name) && replace => {}
@@ -77,6 +84,7 @@ impl<S: RangeSource> CheckpointReader<S> {
             add_blob(&mut sink, &mut index, self.header_codec(), name, content)?;
         }
         let (out, file_len, digest) = end(sink, index)?;
+        phase.end();
         let stats = SaveStats {
             file_len,
             digest,
@@ -182,7 +190,9 @@ mod tests {
             .collect();
         let blobs = contents.iter_mut();
         let blobs = blobs.map(|(name, content)| (*name, content as &mut dyn std::io::Read));
-        Ok(reader.attach(blobs.collect(), replace, Vec::new())?.0)
+        Ok(reader
+            .attach(blobs.collect(), replace, Vec::new(), &None)?
+            .0)
     }
 
     fn everything(reader: &CheckpointReader<Vec<u8>>) -> Vec<u8> {

@@ -14,7 +14,7 @@ use crate::checkpoint::wire::layout::{
 use crate::checkpoint::wire::record::ChunkEntry;
 use crate::to_u64;
 use crate::work::{Pending, Pool, threads, with_pool};
-use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan, Tally};
+use crate::{Gpa, GuestMemory, PageMap, Pfn, PfnRange, Progress, PrunePlan, Tally, WorkPhase};
 use core::hash::Hasher;
 use core::num::NonZeroUsize;
 use core::ops::Range;
@@ -222,6 +222,7 @@ impl<W: Write> Saving<'_, '_, '_, W> {
     fn all(mut self, batches: Batches<'_>, progress: &dyn Progress) -> Result<(), CheckpointError> {
         let info = self.shared.info;
         let total = info.layout.bytes();
+        progress.begin(WorkPhase::Saving);
         let mut batches = batches.fuse();
         loop {
             while self.scans.len() < self.depth

@@ -153,7 +153,7 @@ impl<W: Write> CheckpointWriter<W> {
     ///
     /// let mut info = CheckpointInfo::new(guest.layout().clone(), PageSize::SIZE_4K);
     /// info.disks.push(DiskInfo::of("root", &disk, DiskHash::Xxh3, &[])?);
-    /// let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, None)?;
+    /// let finder = DiskFinder::new(&guest, &map, &plan, DiskFinder::LIKELY, &WorkOptions::new())?;
     /// let disks: [&dyn DiskSource; 1] = [&disk];
     /// let guesses = finder.stream(&info.disks, &disks, &WorkOptions::new())?;
     ///
