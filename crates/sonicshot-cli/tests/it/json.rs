@@ -1,12 +1,13 @@
 //! The output of `--json` for real work is as docs/json.schema.json has it.
 
 use crate::common::*;
-use crate::fake_qemu::{Answer, Fake};
+use crate::face::phases_told;
+use crate::fake_qemu::{self, Answer, Fake};
 use serde_json::{Value, json};
 use sonicshot::{Gpa, GuestBytes, MappedRegions};
 use sonicshot_vmi::{GuestOptions, KernelVa, LinuxGuest, VirtualMemory};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use tempfile::TempDir;
 
@@ -226,7 +227,94 @@ fn each_kind_of_line_is_in_the_docs() {
     }
 }
 
-/// A save from a monitor that is QEMU's to `sonicshot`, a restore that cannot be, and their errors.
+/// A QEMU that takes a guest, and is not one: a program, and the answers of its monitor.
+fn standin_qemu(folder: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/standin/qemu.rs");
+    let built = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()))
+        .args(["--edition", "2024", "-o", "qemu"])
+        .arg(source)
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", stderr(&built));
+    let last = ram().len() - 1;
+    let mtree = format!(
+        "FlatView #0\n AS \"memory\", root: system\n  0-9ffff (prio 0, ram): pc.ram\n  e0000-fffff \
+         (prio 1, rom): pc.bios\n  100000-{last:x} (prio 0, ram): pc.ram @100000\n"
+    );
+    let answers = [
+        ("qom-get", json!("pc-i440fx-10.0-machine")),
+        ("info ramblock", json!(fake_qemu::blocks())),
+        ("info mtree -f", json!(mtree)),
+        (
+            "query-memdev",
+            json!([{"id": "pc.ram", "size": ram().len()}]),
+        ),
+        ("query-status", json!({"status": "running"})),
+    ];
+    let answers = answers.map(|(command, answer)| format!("{command}\t{answer}\n"));
+    fs::write(folder.join("answers"), answers.concat()).unwrap();
+    folder.join("qemu")
+}
+
+/// Restores of what `fake` was saved as, into a QEMU that is none: their lines, and how far they are.
+fn restores_are_of_the_schema(fake: &Fake, sonic: &str) {
+    let folder = fake.folder.path();
+    let (qemu, raw) = (standin_qemu(folder), folder.join("guest.raw"));
+    let restore = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sonicshot"));
+        command.args(["qemu", "restore", sonic, "--json", "--progress", "json"]);
+        command.args(more).arg("--").arg(&qemu).args(["-m", "128M"]);
+        command.env("STANDIN_ANSWERS", folder.join("answers"));
+        let run = checked_run(command);
+        assert!(run.status.success(), "{more:?}: {}", stderr(&run));
+        let told: Vec<String> = phases_told(&stderr(&run))
+            .into_iter()
+            .map(|(phase, bytes)| format!("{phase} {}", bytes >> 20))
+            .collect();
+        (one(&run), told.join(", "))
+    };
+    let raw = raw.to_str().unwrap();
+    // By postcopy, which this QEMU refuses; at once; and twice by a file, which is made first.
+    for (more, how, phases) in [
+        (&[][..], "eager", "restoring 128"),
+        (&["--eager"], "eager", "restoring 128"),
+        (&["--map", raw], "map", "restoring 128, syncing to disk 128"),
+        (&["--map", raw], "map", "restoring 0"),
+    ] {
+        let was_there = fs::exists(raw).unwrap();
+        let (restored, told) = restore(more);
+        assert_eq!(restored["kind"], "qemu_restore", "{restored}");
+        assert_eq!(restored["path"], sonic, "{restored}");
+        assert_eq!(restored["qemu"], "10.0.2", "{restored}");
+        assert_eq!(restored["how"], how, "{restored}");
+        let why = more.is_empty().then(|| json!("no postcopy here"));
+        assert_eq!(restored["why"], why.unwrap_or_default(), "{restored}");
+        assert_eq!(restored["paused"], false, "{restored}");
+        let made = how == "map" && !was_there;
+        assert_eq!(restored["raw_file_seconds"].is_number(), made, "{restored}");
+        // On a file system without extended attributes the file itself is compared.
+        assert!(
+            told == phases || was_there && told == "restoring 0, comparing 128",
+            "{more:?}: {told}"
+        );
+        for key in ["pid", "ready_seconds", "seconds"] {
+            assert!(restored[key].is_number(), "{key}: {restored}");
+            let mut bad = restored.clone();
+            bad.as_object_mut().unwrap().remove(key);
+            assert!(!schema().is_valid(&bad), "without {key}");
+        }
+    }
+    // What was kept is what the guest had.
+    let made = fs::read(raw).unwrap();
+    let same = made.chunks(4096).zip(ram().chunks(4096));
+    assert!(made.len() == ram().len());
+    let differ = same.filter(|(made, had)| made != had && made.iter().any(|byte| *byte != 0));
+    assert_eq!(differ.count(), 0);
+}
+
+/// A save from a monitor that is QEMU's to `sonicshot`, restores of it, some that cannot be, and their
+/// errors.
 #[test]
 fn what_is_printed_of_guests_of_qemu_is_of_the_schema() {
     let save = |fake: &Fake, more: &[&str]| {
@@ -270,6 +358,7 @@ fn what_is_printed_of_guests_of_qemu_is_of_the_schema() {
         assert_eq!(error["kind"], "error", "{args:?}: {error}");
         assert_eq!(error["exit_code"], code, "{args:?}: {error}");
     }
+    restores_are_of_the_schema(&fake, sonic);
     fake.heard();
     let fake = Fake::start(vec![("stop", 1, Answer::Error("it does not want to"))]);
     let error = save(&fake, &[]);
