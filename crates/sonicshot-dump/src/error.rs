@@ -549,14 +549,17 @@ fn name(writer: Option<&WritingProcess>) -> String {
     )
 }
 
-/// The names of files in one folder, for a message.
 fn no_layout(machine: &str) -> String {
     match machine {
-        "" => "it names no machine, which would tell where its RAM lies: give its layout (--layout)".to_owned(),
+        "" => {
+            "it names no machine, which would tell where its RAM lies: give its layout (--layout)"
+                .to_owned()
+        }
         name => format!("the RAM layout of the machine `{name}` is not known: give it (--layout)"),
     }
 }
 
+/// The names of files in one folder, for a message.
 fn names(paths: &[PathBuf]) -> String {
     let name = |path: &PathBuf| {
         path.file_name()
