@@ -510,7 +510,7 @@ mod tests {
     use crate::tables::RamBlock;
     use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, CheckpointWriter};
     use sonicshot::checkpoint::{Compression, SaveOptions};
-    use sonicshot::work::with_pool;
+    use sonicshot::work::{Pool, with_pool};
     use sonicshot::{DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions};
     use sonicshot::{PageMap, PageSize, PrunePlan, RamLayout};
     use sonicshot_serve::{CheckpointSource, PageSource, Piece as Bytes, Run, ServeError};
@@ -1037,7 +1037,7 @@ mod tests {
             });
             // All threads that there are.
             while Builder::new().spawn_scoped(scope, wait).is_ok() {}
-            assert_eq!(with_pool(threads(8), &|| (), |pool| pool.threads()), 0);
+            assert_eq!(with_pool(threads(8), &|| (), Pool::threads), 0);
             go.send(()).unwrap();
             // As it is restored.
             let here = current().id();
