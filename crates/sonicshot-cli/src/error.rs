@@ -518,11 +518,12 @@ fn hint_of_qemu(error: &QemuError) -> Option<&'static str> {
 }
 
 const IN_TMPDIR: &str = "name a folder with room for the guest's memory in TMPDIR";
-/// What to do about an output that exists: a device, a pipe or a socket is not written over.
+
+/// The advice about an output that exists: a device, a pipe or a socket is not written over.
 fn or_force(path: &Path) -> &'static str {
-    let is_replaced = |found: std::fs::Metadata| found.is_file() || found.is_dir();
+    let is_replaced = |found: &std::fs::Metadata| found.is_file() || found.is_dir();
     match std::fs::metadata(path) {
-        Ok(found) if !is_replaced(found) => {
+        Ok(found) if !is_replaced(&found) => {
             "it is no regular file, and no place for an output: give a file"
         }
         _ => OR_FORCE,

@@ -388,7 +388,7 @@ mod tests {
     fn what_is_no_file_is_not_waited_for() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("file"), "x").unwrap();
+        fs::write(at("file"), "x").unwrap();
         std::os::unix::fs::symlink("file", at("link")).unwrap();
         open_file(&at("file")).unwrap();
         open_file(&at("link")).unwrap();
@@ -402,12 +402,12 @@ mod tests {
             ("/dev/null".into(), "nor a block device"),
         ] {
             let error = open_file(&path).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
             assert!(error.to_string().contains(what), "{error}");
         }
         assert_eq!(
             open_file(&at("none")).unwrap_err().kind(),
-            io::ErrorKind::NotFound
+            std::io::ErrorKind::NotFound
         );
     }
 
