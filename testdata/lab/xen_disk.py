@@ -8,7 +8,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import kernels
@@ -46,19 +46,34 @@ class DiskRow:
     all_bytes: int
     bytes: int
     restore: float
+    live: "LiveDisk | None" = None
 
     def line(self) -> str:
         how = "read whole" if self.streamed else "not read whole"
         return (f"| {self.guest.kernel.release}, {self.guest.memory} MiB | {self.layout} | "
                 f"{self.cache:,} | {self.explained:,}, {how} | {self.on_disk:,} | "
                 f"{self.image_bytes / MIB:.1f} | {self.all_bytes / MIB:.1f} | {self.bytes / MIB:.1f} | "
-                f"{self.restore:.1f} s | 0, stress test OK | refused |")
+                f"{self.restore:.1f} s | 0, stress test OK | refused | {self.live or '-'} |")
 
 
 HEAD = ("| guest | ext4 on | page cache, frames | explained by the guest's records; the disk was "
         "| on the disk | image, MiB | checkpoint of all, MiB | with references, MiB | `xl restore` "
-        "| reads of the disk for all files | ten blocks changed; the guest went on |\n"
-        "|---|---|---:|---|---:|---:|---:|---:|---:|---|---|")
+        "| reads of the disk for all files | ten blocks changed; the guest went on | `xen save --disk` |\n"
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---|---|---|")
+
+
+@dataclass(frozen=True)
+class LiveDisk:
+    """A checkpoint by `sonicshot xen save --disk`: pages, bytes, seconds."""
+
+    on_disk: int
+    bytes: int
+    suspended: float
+    restore: float
+
+    def __str__(self) -> str:
+        return (f"{self.on_disk:,} pages on the disk, {self.bytes / MIB:.1f} MiB, suspended for "
+                f"{self.suspended:.1f} s, restored in {self.restore:.1f} s; 0 reads, stress test OK")
 
 
 def build_disk(layout: str, into: Path) -> Path:
@@ -170,12 +185,62 @@ def offline(dom0: Dom0, tool: Path, work: Path, guest: XenGuest, layout: str) ->
     return row
 
 
+def live(dom0: Dom0) -> LiveDisk:
+    """The guest as it runs on /images/root, saved by `sonicshot xen save --disk`, and restored over a copy."""
+    save = f"sonicshot xen save lab /images/live --disk {NAME}="
+    # It would write over what is referred to.
+    for image in ("/images/root", "/dev/loop0"):
+        done = dom0.order(f"set +e\n{save}{image} -c\necho CODE $?\n"
+                          "echo LEFT $(ls -A /images | grep -c -e live -e sonicshot)")
+        expect(done.word("CODE") == "6" and done.word("LEFT") == "0", f"-c and its disk: {done.lines}")
+    killed(dom0, save + "/images/root")
+    done = dom0.order(f"{save}/images/root --json\nsize live /images/live\nxl list")
+    report = done.json()
+    expect(report["pruned"], f"a full image: {report['reason']}")
+    expect(not any(line.startswith("lab ") for line in done.lines), "the guest still runs")
+    dom0.order("cp /images/root /images/other")
+    attach(dom0, "/images/other")
+    restore = dom0.order("timed restore sonicshot xen restore /images/live --disk "
+                         f"{NAME}=/images/root\nmemory")
+    warm(dom0, "sonicshot xen restore")
+    # It runs on, over what was pinned, while it is saved once more.
+    again = dom0.order(f"rm /images/live\n{save}/images/root -c --json").json()
+    expect(again["disk_pages"] > 0, f"{again}")
+    expect("TORTURE-OK" in dom0.order("ask torture TORTURE-").lines, "the guest does not run on")
+    dom0.order(f"sonicshot verify /images/live --disk {NAME}=/images/root\nrm /images/live")
+    return LiveDisk(report["disk_pages"], done.sizes["live"], report["suspended_seconds"],
+                    restore.times["restore"])
+
+
+def killed(dom0: Dom0, save: str) -> None:
+    """Saves that are killed, before the guest is suspended, while it is and while the checkpoint is made:
+    nothing is left, and the guest runs on."""
+    for option, delays in (("", (2,)), ("-p", (2, 6, 10, 14))):
+        for delay in delays:
+            done = dom0.order(
+                f"set +e\n{save} {option} > /dev/null 2>&1 & save=$!\n"
+                f"sleep {delay}\nkill -9 $save 2> /dev/null && echo HIT\n"
+                "left=300\nwhile ps w | grep -q '[x]l save'; do\n"
+                "left=$((left - 1)); [ $left -gt 0 ] || { echo STAYS; break; }\nsleep 0.2\ndone\n"
+                "sleep 1\necho LEFT $(ls -A /images | grep -c -e live -e sonicshot)\nxl list")
+            if "HIT" not in done.lines:
+                # It was faster.
+                expect(option == "-p", "a save of two seconds")
+                dom0.order("xl unpause lab\nrm /images/live")
+                continue
+            expect("STAYS" not in done.lines, f"xl does not end: {done.lines}")
+            expect(done.word("LEFT") == "0", f"something is left: {done.lines}")
+            expect("LOOK-OK " in dom0.order("ask look LOOK-").lines, "the guest does not run on")
+
+
 def on_disk(dom0: Dom0, tool: Path, work: Path, guest: XenGuest, layout: str) -> DiskRow:
     """One guest, with the disk that dom0 has at /images/LAYOUT."""
-    dom0.order(f"rm -f /images/root /images/pinned\nmv /images/{layout} /images/root")
+    dom0.order(f"rm -f /images/root /images/pinned /images/other\nmv /images/{layout} /images/root")
     attach(dom0, "/images/root")
     dom0.order("had=$(lines ^READY)\nxl create /lab.cfg\nguest READY ${had:-0}")
     row = offline(dom0, tool, work, guest, layout)
+    if layout == LAYOUTS[0]:
+        row = replace(row, live=live(dom0))
     dom0.order("xl destroy lab")
     return row
 

@@ -863,7 +863,9 @@ pub(crate) enum XenCommand {
     /// `--compress none` the image is one that an unchanged `xl restore` takes
     #[command(after_help = EXIT_CODES)]
     Save(XenSaveArgs),
-    /// Restore a domain by `xl restore`, from a compressed image too
+    /// Restore a domain by `xl restore`, from a compressed image or a checkpoint of one too. All its
+    /// memory is in place before it runs: it may run on the image of a disk itself, but then this
+    /// checkpoint cannot be restored once more
     #[command(after_help = EXIT_CODES)]
     Restore(XenRestoreArgs),
 }
@@ -902,7 +904,7 @@ pub(crate) struct XenSaveArgs {
     pub symbols: Vec<PathBuf>,
     /// Compression of the image. If not given, LZ4 where that is measured to cost no time on
     /// FILE's disk, else not at all; which of them is said. `sonicshot xen restore` takes all of them,
-    /// `xl restore` what was saved with `none`
+    /// `xl restore` what was saved with `none`. Of a checkpoint (--disk), Zstandard if not given
     #[arg(long, value_enum, value_name = "HOW")]
     pub compress: Option<Packing>,
     /// Leave the domain running: it goes on as soon as its memory is copied, before it is on the disk
@@ -915,6 +917,17 @@ pub(crate) struct XenSaveArgs {
     /// Leave the domain paused
     #[arg(short, long)]
     pub pause: bool,
+    /// A disk of the guest's, by any name, and its image; may be repeated. FILE is a checkpoint then,
+    /// made while the domain is paused: pages that are the same on the image are not stored. A domain that
+    /// is destroyed afterwards, or stays paused (`-p`), may have IMAGE as its disk: let nobody write to it
+    /// before the restore. With `-c` nobody may: give the domain an overlay or a snapshot over it. Give
+    /// IMAGE to `xen restore --disk`. Beside FILE there must be room for the whole image of the domain
+    #[arg(long, value_name = "NAME=IMAGE")]
+    pub disk: Vec<String>,
+    /// The hash that is kept of pages on disks: xxh3, or sha256 where others than you can write to the
+    /// images
+    #[arg(long, value_name = "HASH", default_value = "xxh3", requires = "disk")]
+    pub hash: DiskHash,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -925,11 +938,13 @@ pub(crate) struct XenSaveArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct XenRestoreArgs {
-    /// The image, as `xl save` or `sonicshot xen save` wrote it
+    /// The image, as `xl save` or `sonicshot xen save` wrote it, or a checkpoint of one
     pub file: PathBuf,
     /// Leave the domain paused
     #[arg(short, long)]
     pub pause: bool,
+    #[command(flatten)]
+    pub disks: DiskArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

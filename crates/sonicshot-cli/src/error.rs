@@ -73,6 +73,7 @@ impl From<LiveError> for CliError {
     fn from(error: LiveError) -> Self {
         match error {
             LiveError::Image(error) => error.into(),
+            LiveError::Checkpoint(error) => error.into(),
             LiveError::Io {
                 action,
                 path,

@@ -63,7 +63,10 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<(), CliError> {
 }
 
 /// The checkpoint with the disks that were given; without any, it is opened all the same.
-fn with_disks(checkpoint: CheckpointFile, args: &DiskArgs) -> Result<CheckpointFile, CliError> {
+pub(crate) fn with_disks(
+    checkpoint: CheckpointFile,
+    args: &DiskArgs,
+) -> Result<CheckpointFile, CliError> {
     if args.disk.is_empty() {
         return Ok(checkpoint);
     }

@@ -159,7 +159,7 @@ fn json_report(args: &SaveArgs, input: &Path, saved: &Saved, seconds: f64) -> St
 }
 
 /// The search for pages on the disks.
-fn search_json(search: &DiskSearch) -> DiskSearchJson {
+pub(crate) fn search_json(search: &DiskSearch) -> DiskSearchJson {
     DiskSearchJson {
         page_cache_pages: search.page_cache,
         told_pages: search.told,
@@ -171,7 +171,7 @@ fn search_json(search: &DiskSearch) -> DiskSearchJson {
 }
 
 /// The same for people.
-fn search_text(search: &DiskSearch) -> String {
+pub(crate) fn search_text(search: &DiskSearch) -> String {
     let (explained, all) = (search.explained(), search.page_cache);
     let told = format!(
         "of {} pages of page cache the guest's records explain {} ({})",

@@ -2,11 +2,12 @@
 //!
 //! The kernel knows: it grants a read lease only on a file that nobody has open for writing, or
 //! mapped so. Where it grants no leases at all (NFS, a file of another user), every process is
-//! looked into by `/proc`.
+//! looked into by `/proc`. A block device may be a disk of one of Xen's domains, which no process has open.
 
 use crate::backing::plain::is_block_device;
 use crate::backing::sys;
 use crate::error::{DumpError, WritingProcess};
+use rustix::fs::{major, minor};
 use sonicshot::FileId;
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -50,9 +51,32 @@ pub fn check_not_written(path: &Path) -> Result<(), DumpError> {
     if !is_block_device(&file).map_err(DumpError::io("reading", path))? {
         return check(&file, path);
     }
+    let reading = DumpError::io("reading", path);
+    let number = file.metadata().map_err(reading)?.rdev();
+    if is_written_by_a_domain(Path::new(XEN_DISKS), number) {
+        let path = path.to_owned();
+        return Err(DumpError::InUse { path, writer: None });
+    }
     // There are no leases on devices.
     let source = io::ErrorKind::Unsupported.into();
     judge(scan(Path::new("/proc"), &file), path, source)
+}
+
+/// The disks that dom0's kernel gives to domains of Xen, with what each is and how it may be used
+/// (`drivers/block/xen-blkback/xenbus.c`).
+const XEN_DISKS: &str = "/sys/bus/xen-backend/devices";
+
+/// Whether the block device of this number is a disk that a domain may write to. Where there is no Xen, or
+/// nothing can be told, it is none.
+fn is_written_by_a_domain(disks: &Path, number: u64) -> bool {
+    let wanted = format!("{:x}:{:x}", major(number), minor(number));
+    let Ok(disks) = fs::read_dir(disks) else {
+        return false;
+    };
+    disks.flatten().any(|disk| {
+        let told = |name| fs::read_to_string(disk.path().join(name)).unwrap_or_default();
+        told("physical_device").trim() == wanted && told("mode").starts_with('w')
+    })
 }
 
 /// The same of a file that is open for reading.
@@ -218,7 +242,10 @@ fn writable_shared(line: &str) -> Option<(&str, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Wanted, check, judge, opens_for_writing, scan, scan_for, writable_shared};
+    use super::{
+        Wanted, check, is_written_by_a_domain, judge, opens_for_writing, scan, scan_for,
+        writable_shared,
+    };
     use crate::DumpError;
     use memmap2::MmapMut;
     use std::fs::{self, File, OpenOptions};
@@ -321,6 +348,34 @@ mod tests {
         assert_eq!(found(&one, "flags:\t0100002\n"), Some(77));
         assert_eq!(found(&one, "flags:\t0100000\n"), None);
         assert_eq!(found(&other, "flags:\t0100002\n"), None);
+    }
+
+    #[test]
+    fn a_disk_of_a_domain_is_told_by_its_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let number = rustix::fs::makedev(0xfd, 0x12);
+        let given = |number| is_written_by_a_domain(folder.path(), number);
+        // A network card, a disk that is only read, the same one that is written.
+        for (disk, parts) in [
+            ("vif-1-0", &[][..]),
+            (
+                "vbd-1-51712",
+                &[("physical_device", "fd:12\n"), ("mode", "r\n")][..],
+            ),
+            (
+                "vbd-2-51712",
+                &[("physical_device", "fd:13\n"), ("mode", "w\n")][..],
+            ),
+        ] {
+            let disk = folder.path().join(disk);
+            fs::create_dir(&disk).unwrap();
+            for (name, value) in parts {
+                fs::write(disk.join(name), value).unwrap();
+            }
+            assert!(!given(number), "{disk:?}");
+        }
+        assert!(given(rustix::fs::makedev(0xfd, 0x13)));
+        assert!(!is_written_by_a_domain(&folder.path().join("none"), number));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use sonicshot_dump::{
 };
 use std::collections::HashSet;
 use std::fs::{self, File, Metadata};
-use std::io::{self, Read};
+use std::io::{self, BufWriter, Read, Write};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
@@ -401,6 +401,51 @@ impl CheckpointFile {
             };
             notes.extend(assumed(self.machine()).filter(|_| options.to == RestoreTo::Elf));
             Ok(Restored { disk_bytes, notes })
+        };
+        self.blamed(restore())
+    }
+
+    /// Refuses to go on if it was made of no Xen image, or has pages on a disk that was not given.
+    ///
+    /// # Errors
+    /// [`OfflineError::NoImage`], [`OfflineError::Checkpoint`].
+    pub fn check_xl(&self) -> Result<(), OfflineError> {
+        let check = || self.check_disks().and_then(|()| self.xl_skeleton());
+        self.blamed(check()).map(drop)
+    }
+
+    /// Writes the Xen image that it was made of into a pipe, which messages call `name`. What is written
+    /// is an image only if this returns without an error. Returns notes for people.
+    ///
+    /// # Errors
+    /// [`OfflineError::Checkpoint`] if it is damaged or lacks a disk, [`OfflineError::NoImage`] if it was
+    /// no Xen image, [`OfflineError::Dump`] if writing fails.
+    pub fn restore_xl_to_writer(
+        &self,
+        out: impl Write,
+        name: impl AsRef<Path>,
+        progress: &dyn Progress,
+    ) -> Result<Vec<Note>, OfflineError> {
+        /// Pages come one by one; so much goes into the pipe at a time, in bytes.
+        const AT_A_TIME: usize = 1 << 20;
+        let name = name.as_ref();
+        let restore = || {
+            self.check_disks()?;
+            let left_out = |pfn| self.left_out(pfn);
+            let skeleton = self.xl_skeleton()?;
+            let mut out = BufWriter::with_capacity(AT_A_TIME, out);
+            let written = skeleton.write_to(&self.reader, &left_out, &mut out, name, progress);
+            // Its reader lacks the end so far. Once it has that, the guest may run, and write to its disks.
+            if let Err(error) = written
+                .map_err(OfflineError::from)
+                .and_then(|()| self.check_unchanged())
+            {
+                // Dropped as it is, it would give the rest away.
+                let _ = out.into_parts();
+                return Err(error);
+            }
+            out.flush().map_err(OfflineError::io("writing", name))?;
+            Ok(self.lacks_still())
         };
         self.blamed(restore())
     }

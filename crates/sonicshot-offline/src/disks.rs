@@ -85,7 +85,9 @@ impl<'a> SaveDisks<'a> {
         };
         let mut images = Vec::new();
         for (name, disk) in options.disks() {
-            pinned(disk)?;
+            if !options.disks_are_open {
+                pinned(disk)?;
+            }
             found.infos.push(disk.info(name, options.disk_hash)?);
             found.sources.push(disk);
             images.push(disk);

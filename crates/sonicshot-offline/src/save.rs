@@ -34,6 +34,8 @@ pub struct CheckpointOptions {
     /// Whether the disks are looked through from end to end, however much of the page cache the guest's
     /// records explain.
     pub scan_disks: bool,
+    /// Whether the images may be open for writing.
+    pub disks_are_open: bool,
     blobs: Vec<(String, File)>,
     disks: Vec<(String, DiskImage)>,
 }
@@ -48,6 +50,7 @@ impl CheckpointOptions {
             vmm: None,
             disk_hash: DiskHash::default(),
             scan_disks: false,
+            disks_are_open: false,
             blobs: Vec::new(),
             disks: Vec::new(),
         }
@@ -87,6 +90,14 @@ impl CheckpointOptions {
     #[must_use]
     pub fn scan_disks(mut self, all: bool) -> Self {
         self.scan_disks = all;
+        self
+    }
+
+    /// Says whether processes may have the images open for writing: of a guest that the caller keeps from
+    /// running until the checkpoint is written, and then does not let run on.
+    #[must_use]
+    pub fn disks_are_open(mut self, they_may: bool) -> Self {
+        self.disks_are_open = they_may;
         self
     }
 

@@ -3,6 +3,7 @@
 use crate::DomainId;
 use sonicshot::{LayoutError, MemoryError, P2mError};
 use sonicshot_dump::DumpError;
+use sonicshot_offline::OfflineError;
 use sonicshot_vmi::VmiError;
 use std::io;
 use std::path::PathBuf;
@@ -145,6 +146,9 @@ pub enum LiveError {
     /// The image cannot be written, or is none.
     #[error(transparent)]
     Image(#[from] DumpError),
+    /// The checkpoint, or a disk that it refers to, cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] OfflineError),
 }
 
 /// The message of a program, for the end of an error about it.

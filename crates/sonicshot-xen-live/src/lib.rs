@@ -7,7 +7,8 @@
 //! - [`SaveFilter`] has an unchanged `xl save` leave frames out: they are told to libxc as frames
 //!   to be populated without content, so that it neither maps nor writes them.
 //! - [`save`] does all of that with a domain, and ends with an image that is whole or not there;
-//!   [`restore`] has `xl` take it again, also if it was compressed.
+//!   [`restore`] has `xl` take it again, also if it was compressed. Or the save ends with a
+//!   checkpoint that refers to the domain's disks, which [`restore_checkpoint`] makes an image of again.
 //!
 //! # Which domains
 //! Paravirtualised ones of 64 bits, and HVM and PVH ones. Of the latter two the code follows Xen's
@@ -18,6 +19,7 @@
 //! has, and a frame that is not the guest's cannot be mapped by Xen's own check.
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
+mod checkpoint;
 mod choice;
 mod copied;
 mod domain;
@@ -37,7 +39,7 @@ pub use domain::LiveDomain;
 pub use error::LiveError;
 pub use ffi::Xen;
 pub use filter::{FrameRuns, SaveFilter, path_of};
-pub use restore::{RestoreOptions, restore};
+pub use restore::{RestoreOptions, restore, restore_checkpoint};
 pub use save::{AfterSave, Compress, FirstLook, Look, Looked, SaveOptions, Saved, save};
 pub use sonicshot_offline::packed::ImageCompression;
 

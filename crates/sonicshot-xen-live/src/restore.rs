@@ -10,11 +10,13 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, fadvise};
 use rustix::pipe::fcntl_setpipe_size;
 use sonicshot::{Progress, WorkPhase};
+use sonicshot_dump::DumpError;
 use sonicshot_offline::packed::{self, ImageCompression};
+use sonicshot_offline::{CheckpointFile, Note, OfflineError};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ChildStdin, Stdio};
 use std::sync::Arc;
 use std::thread;
 
@@ -77,13 +79,7 @@ pub fn restore(path: &Path, options: &RestoreOptions) -> Result<(), LiveError> {
     let mut start = [0; 4];
     file.read_exact(&mut start).map_err(reading)?;
     file.rewind().map_err(reading)?;
-    let mut words = vec!["restore"];
-    if options.paused {
-        words.push("-p");
-    }
-    words.extend(options.xl.iter().map(String::as_str));
-    words.push(STDIN);
-    let mut xl = Xl::new(&words)?;
+    let mut xl = restoring(options)?;
     let _library = attach_large_pages(&mut xl.command)?;
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -110,6 +106,72 @@ pub fn restore(path: &Path, options: &RestoreOptions) -> Result<(), LiveError> {
     })
 }
 
+/// Has `xl` restore the image that `checkpoint` was made of, with what it has on the disks that were given
+/// to it. Returns notes for people.
+///
+/// # Errors
+/// [`LiveError`] if the checkpoint is damaged, was made of no image, or a disk is not what it was: then
+/// `xl` lacks the image's end, and there is no domain; or what `xl` says.
+pub fn restore_checkpoint(
+    checkpoint: &CheckpointFile,
+    options: &RestoreOptions,
+) -> Result<Vec<Note>, LiveError> {
+    // What is not there shows before there is a domain.
+    checkpoint.check_xl()?;
+    let mut xl = restoring(options)?;
+    let _library = attach_large_pages(&mut xl.command)?;
+    let (notes, ran) = piped(xl, |to| {
+        checkpoint.restore_xl_to_writer(to, "a pipe to `xl restore`", &options.progress)
+    })?;
+    match notes {
+        // It had enough: what it says counts.
+        Err(OfflineError::Dump(DumpError::Io { source, .. }) | OfflineError::Io { source, .. })
+            if source.kind() == io::ErrorKind::BrokenPipe =>
+        {
+            ran?;
+            Err(LiveError::Filter {
+                action: "giving the image to",
+                source,
+            })
+        }
+        Err(error) => Err(error.into()),
+        Ok(notes) => ran.map(|_| notes),
+    }
+}
+
+/// `xl restore` of its standard input.
+fn restoring(options: &RestoreOptions) -> Result<Xl, LiveError> {
+    let mut words = vec!["restore"];
+    if options.paused {
+        words.push("-p");
+    }
+    words.extend(options.xl.iter().map(String::as_str));
+    words.push(STDIN);
+    Xl::new(&words)
+}
+
+/// Runs `xl` with what `write` gives it, by a pipe. What came of that, and of `xl`.
+fn piped<T>(
+    mut xl: Xl,
+    write: impl FnOnce(&mut ChildStdin) -> T,
+) -> Result<(T, Result<String, LiveError>), LiveError> {
+    xl.command.stdin(Stdio::piped());
+    let child = xl.command.spawn();
+    let mut child = child.map_err(|source| xl.cannot_run(source))?;
+    let written = match child.stdin.take() {
+        // Closed at the end of it, so that xl does not wait for more.
+        Some(mut to) => {
+            // Else it holds less, and whoever reads and who writes are woken more often.
+            let _ = fcntl_setpipe_size(&to, PIECE);
+            write(&mut to)
+        }
+        None => return Err(xl.cannot_run(io::ErrorKind::BrokenPipe.into())),
+    };
+    let status = child.wait();
+    let status = status.map_err(|source| xl.cannot_run(source))?;
+    Ok((written, xl.ended(status)))
+}
+
 /// Has the disk read `file` while `xl` makes the domain and gives it memory: as much of it as half of
 /// this machine's memory takes, until `ended`.
 fn read_ahead(file: &File, ended: &AtomicBool) {
@@ -131,28 +193,15 @@ fn read_ahead(file: &File, ended: &AtomicBool) {
 
 /// Gives `xl` the image decompressed, by a pipe.
 fn unpack(
-    mut xl: Xl,
+    xl: Xl,
     how: ImageCompression,
     file: &File,
     reading: impl Fn(io::Error) -> LiveError,
 ) -> Result<(), LiveError> {
-    xl.command.stdin(Stdio::piped());
-    let child = xl.command.spawn();
-    let mut child = child.map_err(|source| xl.cannot_run(source))?;
-    let unpacked = match child.stdin.take() {
-        // Closed at the end of it, so that xl does not wait for more.
-        Some(mut to) => {
-            // Else it holds less, and whoever reads and who writes are woken more often.
-            let _ = fcntl_setpipe_size(&to, PIECE);
-            packed::decompress(how, file, &mut to)
-        }
-        None => Err(io::ErrorKind::BrokenPipe.into()),
-    };
-    let status = child.wait();
-    let status = status.map_err(|source| xl.cannot_run(source))?;
+    let (unpacked, ran) = piped(xl, |to| packed::decompress(how, file, to))?;
     match unpacked {
         // It had enough: what it says counts.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(reading(error)),
-        _ => xl.ended(status).map(drop),
+        _ => ran.map(drop),
     }
 }

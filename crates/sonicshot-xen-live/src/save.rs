@@ -1,11 +1,13 @@
 //! The work of `xl save`, without the domain's free pages.
 
+use crate::checkpoint;
 use crate::copied::{Begin, Copied, PIECE};
 use crate::mappings::Mappings;
 use crate::watcher::Watcher;
 use crate::xl::Xl;
 use crate::{Choice, DomainId, FrameRuns, LiveDomain, LiveError, SaveFilter, Xen, path_of};
 use rustix::pipe::fcntl_setpipe_size;
+use sonicshot::checkpoint::DiskHash;
 use sonicshot::{
     DropClasses, Gpa, GuestMemory, PageSize, Progress, ProgressRelay, Stop, Stoppable, Tally,
     WorkPhase,
@@ -73,6 +75,11 @@ pub struct SaveOptions {
     pub overwrite: Overwrite,
     /// Files with symbols and types of the guest's kernel, which need not be given.
     pub symbols: Vec<PathBuf>,
+    /// The domain's disks: a checkpoint's name for each, and its image. If there are any, a checkpoint is
+    /// written, which refers to them.
+    pub disks: Vec<(String, PathBuf)>,
+    /// The hash that a checkpoint keeps of pages on disks.
+    pub disk_hash: DiskHash,
     /// Whoever is told how far it is: of the looks at the domain, then in bytes of the image.
     pub progress: Option<Arc<dyn Progress>>,
 }
@@ -85,6 +92,8 @@ impl Default for SaveOptions {
             copy_limit: None,
             overwrite: Overwrite::Refuse,
             symbols: Vec::new(),
+            disks: Vec::new(),
+            disk_hash: DiskHash::default(),
             progress: None,
         }
     }
@@ -129,6 +138,22 @@ impl SaveOptions {
     #[must_use]
     pub fn symbols(mut self, path: impl AsRef<Path>) -> Self {
         self.symbols.push(path.as_ref().to_owned());
+        self
+    }
+
+    /// Has a checkpoint be written, which refers to pages that are the same on the domain's disk `name`, of
+    /// which `path` is an image. A domain that does not go on may have it open, for it is compared once the
+    /// domain is suspended. One that goes on must not: it would write over what is referred to.
+    #[must_use]
+    pub fn disk(mut self, name: impl Into<String>, path: impl AsRef<Path>) -> Self {
+        self.disks.push((name.into(), path.as_ref().to_owned()));
+        self
+    }
+
+    /// Says which hash a checkpoint keeps of pages on disks.
+    #[must_use]
+    pub fn disk_hash(mut self, hash: DiskHash) -> Self {
+        self.disk_hash = hash;
         self
     }
 
@@ -204,6 +229,8 @@ pub struct Saved {
     pub took: Duration,
     /// The time that the domain was suspended: until it went on, or until then.
     pub suspended: Option<Duration>,
+    /// What became of the checkpoint, if it is one.
+    pub checkpoint: Option<sonicshot_offline::Saved>,
 }
 
 /// Has `xl` save the domain `name` (or of that number) to the file `path`, without the pages that
@@ -211,26 +238,30 @@ pub struct Saved {
 /// is paused until the image is on the disk, and goes on if that fails, or if this process is killed
 /// before: a shell that waits beside it unpauses the domain as soon as `xl` has ended.
 ///
+/// If the options name disks, the image has no name, and a checkpoint is made of it while the domain is
+/// paused, one that is to go on as well.
+///
 /// # Errors
-/// [`LiveError`]: Xen or `xl` refuse, there is a file of this name, or writing fails. A guest that
-/// cannot be looked at is none: it is saved in full.
+/// [`LiveError`]: Xen or `xl` refuse, there is a file of this name, an image of a disk cannot be read, or
+/// writing fails. A guest that cannot be looked at is none: it is saved in full.
 pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, LiveError> {
     let started = Instant::now();
     let xen = Xen::open()?;
     let domain = DomainId::find(name)?;
     let out = NewFile::create_new(path, options.overwrite)?;
+    checkpoint::check_disks(options)?;
     let writing = |source| LiveError::Io {
         action: "writing",
         path: path.to_owned(),
         source,
     };
     let (compression, choice) = match options.compress {
-        Compress::No => (None, None),
-        Compress::By(how) => (Some(how), None),
-        Compress::IfFree => {
+        Compress::IfFree if options.disks.is_empty() => {
             let choice = Choice::make(out.file()).map_err(writing)?;
             (choice.compression, Some(choice))
         }
+        Compress::By(how) if options.disks.is_empty() => (Some(how), None),
+        _ => (None, None),
     };
     let work = Work {
         xen: &xen,
@@ -260,40 +291,50 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
     if let total @ 1.. = work.expected.load(Ordering::Relaxed) {
         options.progress.tell(total, total);
     }
-    let file_bytes = out.file().metadata().map_or(0, |file| file.len());
     // The domain stays paused until the image is on the disk and has its name.
-    let finished = packed
-        .and_then(|()| work.check(&out))
-        .and_then(|()| Ok(out.finish_told(&options.progress)?));
-    drop(watcher);
-    let id = domain.to_string();
-    let gone = options.after == AfterSave::Destroy;
-    if let Err(error) = finished {
-        if options.after != AfterSave::GoOn {
-            // What it says is not what went wrong first.
-            let _ = Xl::new(&["unpause", &id]).and_then(Xl::run);
+    let finished = packed.and_then(|()| work.finish(out));
+    let finished = match finished {
+        Ok(finished) => finished,
+        Err(error) => {
+            drop(watcher);
+            if work.is_paused() {
+                // What it says is not what went wrong first.
+                let _ = work.xl("unpause");
+            }
+            return Err(error);
         }
-        return Err(error);
-    }
+    };
     let complete = Instant::now();
-    if gone {
-        Xl::new(&["destroy", &id])?.run()?;
-    }
     let went_on = match options.after {
+        AfterSave::GoOn if work.is_paused() => {
+            work.xl("unpause")?;
+            Instant::now()
+        }
         AfterSave::GoOn => ended,
         AfterSave::Destroy | AfterSave::Pause => complete,
     };
+    drop(watcher);
+    if options.after == AfterSave::Destroy {
+        work.xl("destroy")?;
+    }
     let suspended = looked.as_ref();
     Ok(Saved {
         domain,
         first_look,
         compression,
         choice,
-        file_bytes,
+        file_bytes: finished.file_bytes,
         took: complete.duration_since(started),
         suspended: suspended.map(|looked| went_on.duration_since(looked.suspended)),
         looked,
+        checkpoint: finished.checkpoint,
     })
+}
+
+/// The file of a save.
+struct Finished {
+    file_bytes: u64,
+    checkpoint: Option<sonicshot_offline::Saved>,
 }
 
 /// Half of what this machine has to give; nothing where it does not say.
@@ -380,7 +421,7 @@ impl<'a> Work<'a> {
             path: self.path.to_owned(),
             source,
         };
-        let goes_on = self.options.after == AfterSave::GoOn;
+        let goes_on = !self.is_paused();
         if self.compression.is_none() && !goes_on {
             let watcher = self.watcher(None)?;
             let Ran {
@@ -447,21 +488,46 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// Whether the domain is paused once `xl` has saved it.
+    fn is_paused(&self) -> bool {
+        self.options.after != AfterSave::GoOn || !self.options.disks.is_empty()
+    }
+
+    fn xl(&self, word: &str) -> Result<String, LiveError> {
+        Xl::new(&[word, &self.domain.to_string()])?.run()
+    }
+
     /// The watcher that has the domain go on if this process is killed. `xl save -c` does so by itself,
     /// as long as somebody reads what it writes.
     fn watcher(&self, pipe: Option<&PipeReader>) -> Result<Option<Watcher>, LiveError> {
-        match (self.options.after, pipe) {
-            (AfterSave::GoOn, None) => Ok(None),
-            _ => Watcher::start(self.domain, self.path, pipe, self.after()).map(Some),
+        let goes_on = self.options.after == AfterSave::GoOn;
+        match (self.is_paused(), pipe) {
+            (false, None) => Ok(None),
+            _ => Watcher::start(self.domain, self.path, pipe, self.after(), goes_on).map(Some),
         }
     }
 
     /// The option of `xl` that says what becomes of the domain.
     fn after(&self) -> &'static str {
-        match self.options.after {
-            AfterSave::GoOn => "-c",
-            AfterSave::Destroy | AfterSave::Pause => "-p",
+        if self.is_paused() { "-p" } else { "-c" }
+    }
+
+    /// Gives the image its name, or makes a checkpoint of it.
+    fn finish(&self, out: NewFile) -> Result<Finished, LiveError> {
+        if !self.options.disks.is_empty() {
+            let saved = checkpoint::write(out, self.path, self.options)?;
+            return Ok(Finished {
+                file_bytes: saved.stats.file_len,
+                checkpoint: Some(saved),
+            });
         }
+        let file_bytes = out.file().metadata().map_or(0, |file| file.len());
+        self.check(&out)?;
+        out.finish_told(&self.options.progress)?;
+        Ok(Finished {
+            file_bytes,
+            checkpoint: None,
+        })
     }
 
     fn run(&self, target: &str) -> Result<Ran, LiveError> {

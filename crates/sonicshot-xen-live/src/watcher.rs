@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 /// `$1` is the domain, `$2` the image, `$3` the inode that its name has before, `$4` the process that
 /// saves, `$5` whether `xl` writes into a pipe, whose end to read from is descriptor 1, `$6` what `xl` is to
-/// do with the domain.
+/// do with the domain, `$7` whether it goes on with its image too.
 ///
 /// `xl` is let come to its end: killed, or with a pipe that nobody reads, it cannot resume the domain,
 /// and leaves it suspended. Then the domain is paused (`save_domain` in xl's `tools/xl/xl_saverestore.c`).
@@ -29,6 +29,7 @@ xl_runs() {
 [ "$5" = pipe ] && cat <&1 >/dev/null
 while xl_runs "$1" "$4" "$6"; do sleep 0.1; done
 [ "$6" = -p ] || exit 0
+[ "$7" = goes-on ] && exec xl unpause "$1"
 ls -di -- "$2" 2>/dev/null | {
     read -r inode rest
     [ "${inode:-none}" = "$3" ] && xl unpause "$1"
@@ -44,12 +45,13 @@ pub(crate) struct Watcher {
 
 impl Watcher {
     /// Watches over a save to `image`, which `xl`, called with the option `after`, writes into `pipe` or
-    /// into a file.
+    /// into a file. With `-p` a domain that has its image stays paused, or goes on if `goes_on` says so.
     pub(crate) fn start(
         domain: DomainId,
         image: &Path,
         pipe: Option<&PipeReader>,
         after: &str,
+        goes_on: bool,
     ) -> Result<Self, LiveError> {
         let failed = |source| LiveError::Io {
             action: "starting what watches over the save to",
@@ -72,6 +74,7 @@ impl Watcher {
             .args(["-c", SCRIPT, "sonicshot-watcher", &domain.to_string()])
             .arg(image)
             .args([&inode, &std::process::id().to_string(), kind, after])
+            .arg(if goes_on { "goes-on" } else { "" })
             .stdin(Stdio::piped())
             .stdout(read)
             .stderr(Stdio::null())
@@ -138,7 +141,14 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         let pipe = how.contains("pipe").then_some(&reader);
         let after = if how.contains("-c") { "-c" } else { "-p" };
-        let watcher = Watcher::start(DomainId::new(7), image, pipe, after).unwrap();
+        let watcher = Watcher::start(
+            DomainId::new(7),
+            image,
+            pipe,
+            after,
+            how.contains("goes on"),
+        )
+        .unwrap();
         let mut xl = Command::new("xl");
         let to = format!("/proc/{id}/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&writer));
         xl.args(["save", after, "7", &to]);
@@ -169,6 +179,8 @@ mod tests {
             ("file replaced", "saved\nunpause 7\n"),
             // Its image is whole: it stays as `xl save -p` leaves it.
             ("file whole", "saved\n"),
+            // But one that is to go on does.
+            ("file whole goes on", "saved\nunpause 7\n"),
             ("file orderly", "saved\n"),
         ] {
             let folder = tempfile::tempdir().unwrap();

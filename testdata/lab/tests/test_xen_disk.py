@@ -5,7 +5,7 @@ import zlib
 import xen_disk
 from tests import KERNEL
 from xen import XenGuest
-from xen_disk import HEAD, DiskRow
+from xen_disk import HEAD, DiskRow, LiveDisk
 
 
 class Tables(unittest.TestCase):
@@ -31,11 +31,13 @@ class Tables(unittest.TestCase):
 class Rows(unittest.TestCase):
     def test_a_row_has_what_the_head_says(self) -> None:
         guest = XenGuest(KERNEL, 320, disk=154)
+        live = LiveDisk(on_disk=19000, bytes=3 << 20, suspended=4.5, restore=6.5)
         row = DiskRow(guest, "gpt", cache=20000, explained=19500, streamed=False, on_disk=19125,
-                      image_bytes=10 << 20, all_bytes=9 << 20, bytes=2 << 20, restore=1.25)
+                      image_bytes=10 << 20, all_bytes=9 << 20, bytes=2 << 20, restore=1.25, live=live)
         line = row.line()
         self.assertEqual(line.count("|"), HEAD.splitlines()[0].count("|"))
         self.assertIn("| gpt | 20,000 | 19,500, not read whole | 19,125 | 10.0 | 9.0 | 2.0 | 1.2 s |", line)
+        self.assertIn("19,000 pages on the disk, 3.0 MiB, suspended for 4.5 s", line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 //! The JSON of commands on guests that run.
 
-use super::{OfQemuRestore, OfQemuSave, OfXenRestore, OfXenSave, Version};
+use super::{Disk, DiskSearchJson, OfQemuRestore, OfQemuSave, OfXenRestore, OfXenSave, Version};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -29,6 +29,12 @@ pub(crate) struct XenSaveReport {
     /// Of the look while it was suspended.
     pub look_seconds: Option<f64>,
     pub notes: Option<Vec<String>>,
+    /// Of a checkpoint: the disks that it refers to.
+    pub disks: Vec<Disk>,
+    /// Pages that are on them.
+    pub disk_pages: u64,
+    /// Of a checkpoint: the search for them.
+    pub disk_search: Option<DiskSearchJson>,
 }
 
 /// `xen restore`.
@@ -39,6 +45,7 @@ pub(crate) struct XenRestoreReport {
     pub kind: OfXenRestore,
     pub path: String,
     pub seconds: f64,
+    pub notes: Vec<String>,
 }
 
 /// A block of a guest's memory.

@@ -1,11 +1,12 @@
 //! `sonicshot xen save`.
 
-use crate::args::XenSaveArgs;
+use crate::args::{Packing, XenSaveArgs};
 use crate::error::CliError;
 use crate::json::{OfXenSave, Version, XenSaveReport, line, path};
-use crate::output::overwrite;
+use crate::output::{named_images, overwrite};
 use crate::progress::Phase;
-use crate::report::{bytes_of, complain, note, percent, say, size};
+use crate::report::{bytes_of, complain, count, note, percent, say, size, tell_notes};
+use crate::save::{disks_json, search_json, search_text};
 use sonicshot::PageSize;
 use sonicshot_vmi::Note;
 use sonicshot_xen_live::{AfterSave, Choice, ImageCompression, Look, SaveOptions, Saved};
@@ -24,6 +25,9 @@ pub(crate) fn save(args: &XenSaveArgs) -> Result<(), CliError> {
     options.copy_limit = args.copy_limit;
     options.overwrite = overwrite(args.force);
     options.symbols.clone_from(&args.symbols);
+    let images = named_images(&args.disk)?.into_iter();
+    options.disks = images.map(|(name, path)| (name.to_owned(), path)).collect();
+    options.disk_hash = args.hash;
     let phase = Phase::begin("saving", args.json);
     options.progress = Some(phase.shown());
     let saved = sonicshot_xen_live::save(&args.domain, &args.file, &options);
@@ -45,8 +49,8 @@ fn name_of(how: ImageCompression) -> &'static str {
     }
 }
 
-fn packed_by(how: Option<ImageCompression>) -> String {
-    how.map_or_else(String::new, |how| format!(" ({})", name_of(how)))
+fn packed_by(how: Option<&str>) -> String {
+    how.map_or_else(String::new, |how| format!(" ({how})"))
 }
 
 /// The measurements that the compression was chosen by.
@@ -93,9 +97,20 @@ impl Outcome {
         }
     }
 
+    /// How the file is compressed.
+    fn compression(&self, args: &XenSaveArgs) -> Option<&'static str> {
+        match (&self.saved.checkpoint, args.compress) {
+            (None, _) => self.saved.compression.map(name_of),
+            (Some(_), Some(Packing::None)) => None,
+            (Some(_), Some(Packing::Lz4)) => Some(name_of(ImageCompression::Lz4)),
+            (Some(_), _) => Some(name_of(ImageCompression::Zstd)),
+        }
+    }
+
     fn print_json(&self, args: &XenSaveArgs) {
         let (saved, look) = (&self.saved, self.look.as_ref());
         let dropped = look.map_or(0, |look| look.frames.len());
+        let of_disks = saved.checkpoint.as_ref();
         let notes = |look: &Look| look.notes.iter().map(Note::to_string).collect::<Vec<_>>();
         let report = XenSaveReport {
             version: Version::default(),
@@ -108,13 +123,18 @@ impl Outcome {
             total_pages: look.map(|look| look.total_pages),
             dropped_pages: dropped,
             dropped_bytes: bytes_of(dropped, PAGE.bytes()),
-            compression: saved.compression.map(name_of),
+            compression: self.compression(args),
             file_bytes: saved.file_bytes,
             seconds: saved.took.as_secs_f64(),
             suspended_seconds: saved.suspended.map(|time| time.as_secs_f64()),
             first_look_seconds: saved.first_look.took.as_secs_f64(),
             look_seconds: self.look_took.map(|time| time.as_secs_f64()),
             notes: look.map(notes),
+            disks: of_disks.map_or_else(Vec::new, |saved| disks_json(&saved.info.disks)),
+            disk_pages: of_disks.map_or(0, |saved| saved.stats.on_disk),
+            disk_search: of_disks
+                .and_then(|saved| saved.disk_search.as_ref())
+                .map(search_json),
         };
         say!("{}", line(&report));
     }
@@ -142,9 +162,18 @@ impl Outcome {
             self.saved.domain,
             args.file.display(),
             size(self.saved.file_bytes),
-            packed_by(self.saved.compression),
+            packed_by(self.compression(args)),
             self.saved.took.as_secs_f64()
         );
+        if let Some(checkpoint) = &self.saved.checkpoint {
+            tell_notes(&checkpoint.notes);
+            let search = checkpoint.disk_search.as_ref().map(search_text);
+            say!(
+                "{} pages are on the disks, and not stored{}",
+                count(checkpoint.stats.on_disk),
+                search.unwrap_or_default()
+            );
+        }
         if let Some(choice) = &self.saved.choice {
             say!("{}", told(choice));
         }

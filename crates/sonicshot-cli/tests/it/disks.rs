@@ -34,7 +34,8 @@ fn page_cache(dump: &Path, folder: &Path) -> Vec<usize> {
     frames
 }
 
-/// A disk with an ext4's superblock, the page cache in another order, and something behind.
+/// A disk with an ext4's superblock, the page cache in another order, and something behind: its path, and
+/// the number of pages that are on it.
 pub(crate) fn disk(folder: &Path, dump: &Path) -> (PathBuf, usize) {
     let frames = page_cache(dump, folder);
     let ram = ram();
@@ -165,7 +166,7 @@ fn pages_are_found_on_the_disk_without_a_kernel() {
 }
 
 /// A refusal by its code and its words, which leaves no output.
-fn refused(args: &[&str], code: i32, words: &str, output: &Path) {
+pub fn refused(args: &[&str], code: i32, words: &str, output: &Path) {
     let run = sonicshot(args);
     let said = stderr(&run);
     assert_eq!(run.status.code(), Some(code), "{args:?}: {said}");

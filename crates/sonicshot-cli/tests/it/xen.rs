@@ -1,6 +1,7 @@
 //! The command on a real guest's memory in Xen's files.
 
 use crate::common::*;
+use crate::disks::{disk, refused};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -295,6 +296,102 @@ fn page_tables_of_a_paravirtualised_guest_are_in_every_image() {
     let said = stderr(&run);
     assert!(said.contains("page table, and its content was left out"));
     assert!(!out.exists());
+}
+
+/// Of an image as `xl save` wrote it, of a live one, and of one that was pruned before: with the disk the
+/// same image comes of it as without.
+#[test]
+fn page_cache_that_is_on_the_disk_comes_back_into_the_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let file = |name: &str| folder.join(name);
+    let raw = raw_dump(folder, |_| {});
+    let (disk, kept) = disk(folder, &raw);
+    let given = format!("root={}", text(&disk));
+    let plain = classes(&raw);
+    let kind = |pfn: usize| match plain[pfn].as_str() {
+        "page_table" => L1TAB,
+        _ => NOTAB,
+    };
+    let full = file("full");
+    for (earlier, pruned) in [(None, false), (Some(NOTAB), false), (None, true)] {
+        fs::write(&full, image_of(PV, ram(), kind, earlier)).unwrap();
+        let mut from = full.clone();
+        if pruned {
+            from = file("pruned");
+            json(&["prune", text(&full), "-o", text(&from), "--json"]);
+        }
+        let (all, small) = (file("all"), file("small"));
+        let whole = json(&["save", text(&from), "-o", text(&all), "--force", "--json"]);
+        let args = ["save", text(&from), "-o", text(&small), "--disk", &given];
+        let saved = json(&[&args[..], &["--force", "--json"]].concat());
+        assert_eq!(
+            (&whole["disk_pages"], &saved["disk_pages"]),
+            (&0.into(), &kept.into())
+        );
+        let len = |path: &Path| fs::metadata(path).unwrap().len();
+        assert!(len(&small) < len(&all) - (kept * PAGE) as u64 / 5);
+        let args = [
+            "verify",
+            text(&small),
+            "--disk",
+            &given,
+            "--against",
+            text(&from),
+        ];
+        assert_eq!(
+            json(&[&args[..], &["--json"]].concat())["checked_disk_pages"],
+            kept
+        );
+        let back = file("back");
+        let args = [
+            "restore",
+            text(&small),
+            "-o",
+            text(&back),
+            "--to",
+            "xl",
+            "--disk",
+            &given,
+        ];
+        json(&[&args[..], &["--force", "--json"]].concat());
+        let bytes = fs::read(&back).unwrap();
+        assert!(bytes == restored(&all));
+        // No page that is kept lacks its content.
+        assert!(bytes.len() > kept * PAGE);
+    }
+    refuse_other_disks(&file("small"), &disk, &file("out"));
+}
+
+/// What is no longer the disk that it was becomes no image.
+fn refuse_other_disks(small: &Path, disk: &Path, out: &Path) {
+    let whole = fs::read(disk).unwrap();
+    let given = format!("root={}", text(disk));
+    let args = ["restore", text(small), "-o", text(out), "--to", "xl"];
+    refused(&args, 2, "its image was not given", out);
+    let with = [&args[..], &["--disk", &given]].concat();
+    let all_the_same = [&with[..], &["--disk-moved-on"]].concat();
+    // A block, of the last pages of the page cache.
+    let mut changed = whole.clone();
+    let at = changed.len() - 5 * PAGE;
+    changed[at] ^= 1;
+    fs::write(disk, &changed).unwrap();
+    refused(&with, 3, "holds other bytes", out);
+    refused(&all_the_same, 3, "holds other bytes", out);
+    fs::write(disk, &whole[..whole.len() - 512]).unwrap();
+    refused(&with, 3, "bytes, and had", out);
+    fs::remove_file(disk).unwrap();
+    refused(&with, 1, "disk.img", out);
+    let mut mounted = whole;
+    mounted[1024 + 44] ^= 1;
+    fs::write(disk, &mounted).unwrap();
+    refused(&with, 3, "ext4's superblock", out);
+    let writer = File::options().write(true).open(disk).unwrap();
+    refused(&with, 6, "not pinned", out);
+    drop(writer);
+    let run = sonicshot(&all_the_same);
+    assert!(run.status.success(), "{}", stderr(&run));
+    assert!(fs::read(out).unwrap() == restored(small.with_file_name("all").as_path()));
 }
 
 #[test]

@@ -2,9 +2,10 @@
 //! memory of a real guest as a domain's. (The lab has a real one.)
 
 use crate::common::*;
+use crate::disks::disk;
 use crate::face::phases_told;
 use serde_json::Value;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -167,6 +168,144 @@ fn saves_and_restores_of_a_domain_are_told_of() {
         let known = told.iter().skip(1).all(|(_, bytes)| *bytes > 0);
         assert!(known, "{args:?}: {told:?}");
     }
+}
+
+/// The image of the domain by `xl`, and a checkpoint of it with its page cache on a disk.
+#[test]
+fn a_domain_is_saved_as_a_checkpoint_that_refers_to_its_disk() {
+    let xen = Standin::new();
+    let folder = xen.file("made");
+    fs::create_dir(&folder).unwrap();
+    let (image, kept) = disk(&folder, &raw_dump(&folder, |_| {}));
+    let given = format!("root={}", image.display());
+    json(&xen.sonicshot(
+        &["xen", "save", "5", "plain", "--compress", "none", "--json"],
+        &[],
+    ));
+    xen.asked();
+    // While the domain runs, its disk is open.
+    let writer = File::options().write(true).open(&image).unwrap();
+    for (option, asked) in [
+        ("", &["domid guest", "save -p 5", "destroy 5"][..]),
+        ("-p", &["domid guest", "save -p 5"][..]),
+    ] {
+        let mut args = vec!["xen", "save", "guest", "vm.sonic", "--disk", &given];
+        args.extend(["--json", "--force"]);
+        args.extend(Some(option).filter(|option| !option.is_empty()));
+        let saved = json(&xen.sonicshot(&args, &[]));
+        assert_eq!(
+            (&saved["pruned"], &saved["disk_pages"]),
+            (&true.into(), &kept.into())
+        );
+        assert_eq!(saved["disks"][0]["name"], "root");
+        assert_eq!(saved["compression"], "zstd");
+        assert_eq!(saved["file_bytes"], xen.bytes("vm.sonic").len());
+        assert!(saved["suspended_seconds"].as_f64().unwrap() > 0.0);
+        assert_eq!(xen.asked(), asked);
+    }
+    // One that goes on would write over it.
+    let keeps = ["xen", "save", "5", "on.sonic", "-c", "--disk", &given];
+    let refused = xen.sonicshot(&keeps, &[]);
+    assert_eq!(refused.status.code(), Some(6), "{}", stderr(&refused));
+    assert!(
+        stderr(&refused).contains("not pinned"),
+        "{}",
+        stderr(&refused)
+    );
+    assert_eq!(xen.asked(), [""; 0], "the domain was not touched");
+    drop(writer);
+    let shown = xen.sonicshot(&keeps, &[]);
+    assert!(shown.status.success(), "{}", stderr(&shown));
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("on the disks, and not stored"), "{shown}");
+    assert_eq!(xen.asked(), ["save -p 5", "unpause 5"]);
+
+    for sonic in ["vm.sonic", "on.sonic"] {
+        let args = ["xen", "restore", sonic, "--disk", &given, "-p", "--json"];
+        json(&xen.sonicshot(&args, &[]));
+        assert_eq!(xen.asked(), ["restore -p"]);
+        assert!(xen.bytes("restored") == xen.bytes("plain"));
+        fs::remove_file(xen.file("restored")).unwrap();
+    }
+    let left: Vec<_> = fs::read_dir(xen.0.path()).unwrap().collect();
+    let names = left.iter().map(|entry| entry.as_ref().unwrap().file_name());
+    let names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+    let made = ["made", "ram", "plain", "vm.sonic", "on.sonic"];
+    let is_ours = |name: &&String| made.contains(&name.as_str());
+    assert_eq!(
+        names.iter().filter(is_ours).count(),
+        made.len(),
+        "{names:?}"
+    );
+    assert!(!names.iter().any(|name| name.starts_with('.')), "{names:?}");
+}
+
+#[test]
+fn a_checkpoint_whose_disk_is_another_becomes_no_domain() {
+    let xen = Standin::new();
+    let folder = xen.file("made");
+    fs::create_dir(&folder).unwrap();
+    let (image, _) = disk(&folder, &raw_dump(&folder, |_| {}));
+    let given = format!("root={}", image.display());
+    let nowhere = "root=/nowhere";
+    json(&xen.sonicshot(
+        &["xen", "save", "5", "plain", "--compress", "none", "--json"],
+        &[],
+    ));
+    xen.asked();
+    // Before the domain is touched.
+    let early = xen.sonicshot(&["xen", "save", "5", "x.sonic", "--disk", nowhere], &[]);
+    assert_eq!(early.status.code(), Some(1), "{}", stderr(&early));
+    assert_eq!(xen.asked(), [""; 0]);
+    // xl itself resumes it.
+    let args = ["xen", "save", "5", "x.sonic", "--disk", &given];
+    let failed = xen.sonicshot(&args, &[("STANDIN_FAILS", "1")]);
+    assert_eq!(failed.status.code(), Some(1));
+    assert_eq!(xen.asked(), ["save -p 5"]);
+    // The disk is gone, or another, when the domain is suspended.
+    let gone = image.display().to_string();
+    for (after, asked) in [
+        (&[][..], ["save -p 5", "unpause 5"]),
+        (&["-c"][..], ["save -p 5", "unpause 5"]),
+    ] {
+        let whole = fs::read(&image).unwrap();
+        let failed = xen.sonicshot(&[&args[..], after].concat(), &[("STANDIN_REMOVES", &gone)]);
+        assert_eq!(failed.status.code(), Some(1), "{}", stderr(&failed));
+        assert!(!xen.file("x.sonic").exists());
+        assert_eq!(xen.asked(), asked, "it goes on");
+        fs::write(&image, whole).unwrap();
+    }
+
+    json(&xen.sonicshot(&[&args[..], &["--json"]].concat(), &[]));
+    xen.asked();
+    let restore =
+        |more: &[&str]| xen.sonicshot(&[&["xen", "restore", "x.sonic"], more].concat(), &[]);
+    let without = restore(&[]);
+    assert_eq!(without.status.code(), Some(2), "{}", stderr(&without));
+    assert_eq!(xen.asked(), [""; 0], "xl was not asked");
+    let mut bytes = fs::read(&image).unwrap();
+    let at = bytes.len() - 5 * 4096;
+    bytes[at] ^= 1;
+    fs::write(&image, &bytes).unwrap();
+    let changed = restore(&["--disk", &given]);
+    assert_eq!(changed.status.code(), Some(3), "{}", stderr(&changed));
+    assert!(stderr(&changed).contains("holds other bytes"));
+    assert_eq!(xen.asked(), ["restore"]);
+    // The image that xl was given has no end.
+    assert!(xen.bytes("restored").len() < xen.bytes("plain").len());
+    bytes[1024 + 44] ^= 1;
+    fs::write(&image, &bytes).unwrap();
+    let moved = restore(&["--disk", &given]);
+    assert_eq!(moved.status.code(), Some(3), "{}", stderr(&moved));
+    assert_eq!(xen.asked(), [""; 0], "xl was not asked");
+    // An image is no checkpoint, and a checkpoint of something else is no image.
+    let image = xen.sonicshot(&["xen", "restore", "plain", "--disk", &given], &[]);
+    assert_eq!(image.status.code(), Some(2), "{}", stderr(&image));
+    json(&xen.sonicshot(&["save", "ram", "-o", "ram.sonic", "--json"], &[]));
+    xen.asked();
+    let other = xen.sonicshot(&["xen", "restore", "ram.sonic"], &[]);
+    assert_eq!(other.status.code(), Some(2), "{}", stderr(&other));
+    assert_eq!(xen.asked(), [""; 0], "xl was not asked");
 }
 
 #[test]

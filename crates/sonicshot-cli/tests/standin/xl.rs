@@ -50,6 +50,9 @@ fn save(to: &str) -> std::io::Result<()> {
         }
         record(&mut out, 1, &body)?;
     }
+    if let Some(path) = std::env::var_os("STANDIN_REMOVES") {
+        std::fs::remove_file(path)?;
+    }
     record(&mut out, 9, b"HVM context")?;
     record(&mut out, 0, &[])?;
     record(&mut out, 0, &[])

@@ -1,7 +1,7 @@
 //! System calls that no crate in use offers.
 #![expect(unsafe_code, reason = "the FFI edge")]
 
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+use rustix::ioctl::{NoArg, Opcode, Updater, ioctl, opcode};
 use sonicshot::{FileOffset, FileRange, Tally};
 use std::fs::File;
 use std::io;
@@ -74,6 +74,18 @@ pub(crate) fn write_back(file: &File, range: FileRange, wait: bool) -> io::Resul
             return Err(error);
         }
     }
+    Ok(())
+}
+
+/// Has what is read of a block device come from the device, and not from what the system has of it in its
+/// page cache: who writes past that, as Xen's backends do, leaves what is there as it was. Only root may.
+pub(crate) fn forget_cached(device: &File) -> io::Result<()> {
+    /// Linux's `BLKFLSBUF`, on every processor.
+    const BLKFLSBUF: Opcode = opcode::none(0x12, 97);
+    // SAFETY: this operation takes no argument, and touches no memory of ours.
+    let flush = unsafe { NoArg::<BLKFLSBUF>::new() };
+    // SAFETY: as above; the descriptor is open while the file is borrowed.
+    unsafe { ioctl(device, flush) }?;
     Ok(())
 }
 

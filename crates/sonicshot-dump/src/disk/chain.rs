@@ -3,6 +3,7 @@
 use super::qcow2::{Below, Qcow2Disk, Qcow2Head};
 use super::raw::RawDisk;
 use crate::DumpError;
+use crate::backing::sys::forget_cached;
 use crate::format::qcow2::MAGIC;
 use sonicshot::checkpoint::{DiskOffset, DiskSource};
 use sonicshot::{FileId, FileStamp};
@@ -118,6 +119,10 @@ fn open_layer(path: &Path, format: Option<&[u8]>) -> Result<(Layer, Opened), Dum
             path: path.to_owned(),
             kind: "a disk's image that is neither a regular file nor a block device",
         });
+    }
+    if kind.is_block_device() {
+        // Of others than root it is what they would read without.
+        let _ = forget_cached(&file);
     }
     let stamp = FileStamp::of(&file).map_err(reading())?;
     let held = file.try_clone().map_err(reading())?;

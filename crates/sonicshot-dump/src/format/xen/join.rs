@@ -84,6 +84,39 @@ impl XlSkeleton {
         let output = Output::create(Target::new(out, options.overwrite), inputs)?;
         let mut writer = SparseWriter::new(output.file());
         let writing = || DumpError::io("writing", output.path());
+        let mut put = |bytes: &[u8]| writer.write_all(bytes).map_err(writing());
+        self.each_part(memory, left_out, &options.progress, &mut put)?;
+        writer.finish().map_err(writing())?;
+        output.finish(&options.progress)
+    }
+
+    /// The same into a pipe, which messages call `name`, page by page. What is written is an image only
+    /// if this returns without an error.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_to(
+        &self,
+        memory: &dyn GuestMemory,
+        left_out: &dyn Fn(Pfn) -> bool,
+        out: &mut dyn Write,
+        name: &Path,
+        progress: &dyn Progress,
+    ) -> Result<(), DumpError> {
+        self.check_frames(memory)?;
+        let writing = || DumpError::io("writing", name);
+        let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(writing());
+        self.each_part(memory, left_out, progress, &mut put)
+    }
+
+    /// Hands out the image from front to back.
+    fn each_part(
+        &self,
+        memory: &dyn GuestMemory,
+        left_out: &dyn Fn(Pfn) -> bool,
+        progress: &dyn Progress,
+        put: &mut dyn FnMut(&[u8]) -> Result<(), DumpError>,
+    ) -> Result<(), DumpError> {
         let with_content = to_u64(self.skeleton.frames().filter(|(_, has)| *has).count());
         let total = Tally::new(with_content).times(PAGE.bytes()).get();
         let mut done = Tally::ZERO;
@@ -98,25 +131,19 @@ impl XlSkeleton {
                 let bytes = self.bytes.as_slice().part(from.raw(), len);
                 let beyond =
                     || DumpError::malformed(&self.path, "a part beyond the end", from, len);
-                writer
-                    .write_all(bytes.ok_or_else(beyond)?)
-                    .map_err(writing())
+                put(bytes.ok_or_else(beyond)?)
             }
             Joined::Pages { frames, tables } => {
                 if let Some(pfn) = frames.iter().find(|pfn| tables && left_out(*pfn)) {
                     let why = "it is a page table, and its content was left out";
                     return Err(self.wrong(pfn, why));
                 }
-                self.write_pages(memory, frames, |page| {
-                    writer.write_all(page).map_err(writing())
-                })?;
+                self.write_pages(memory, frames, put)?;
                 done.add(Tally::new(frames.len()).times(PAGE.bytes()).get());
-                options.progress.tell(done.up_to(total), total);
+                progress.tell(done.up_to(total), total);
                 Ok(())
             }
-        })?;
-        writer.finish().map_err(writing())?;
-        output.finish(&options.progress)
+        })
     }
 
     /// Hands out the content of frames, page by page.
@@ -124,7 +151,7 @@ impl XlSkeleton {
         &self,
         memory: &dyn GuestMemory,
         frames: PfnRange,
-        mut each: impl FnMut(&[u8]) -> Result<(), DumpError>,
+        each: &mut dyn FnMut(&[u8]) -> Result<(), DumpError>,
     ) -> Result<(), DumpError> {
         let mut page = [0; PAGE_LEN];
         for pfn in frames.iter() {
