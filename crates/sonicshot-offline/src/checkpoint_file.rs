@@ -355,7 +355,7 @@ impl CheckpointFile {
         let out = NewFile::create(path, options.overwrite, &inputs)?;
         let names = blobs.iter().map(|(name, _)| name.as_str());
         let contents = files.iter_mut().map(|file| file as &mut dyn Read);
-        let written = io::BufWriter::with_capacity(1 << 20, out.file());
+        let written = BufWriter::with_capacity(1 << 20, out.file());
         let blobs = names.zip(contents).collect();
         let (replace, progress) = (options.replace, &options.progress);
         let attached = self.reader.attach(blobs, replace, written, progress);
