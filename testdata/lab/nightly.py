@@ -89,6 +89,8 @@ STEPS = (
     Step("live", "guests saved while they run, restored in each way; saves killed", lab("live")),
     Step("xen", "a real Xen: saved, pruned, saved live, killed, damaged; restored, stress test",
          lab("xen")),
+    Step("xen-disk", "the same with a disk: page cache left out, warm again from it",
+         lab("xen", "--disk")),
     Step("tasks", "a guest's processes read in its memory, as in its /proc", lab("tasks"), False),
 )
 
