@@ -242,7 +242,9 @@ fn judge(baseline: &Baseline, fault: Fault, run: &Run, now: &Content, kind: Kind
             if done
                 && kind != Kind::Say
                 && baseline.before != baseline.after
-                && !run.stderr.contains("whole")
+                && !["completely", "valid dump", "no byte of it"]
+                    .iter()
+                    .any(|words| run.stderr.contains(words))
             {
                 wrong.push("the output is there, and the message does not say so".into());
             }

@@ -262,23 +262,23 @@ fn what_contradicts_the_format_is_named_with_its_place() {
         ),
         (
             |c| c.without = vec![".note.Xen"],
-            "there are 0 sections .note.Xen",
+            "found 0 sections .note.Xen, expected one",
         ),
         (
             |c| c.without = vec![".xen_pages"],
-            "there are 0 sections .xen_pages",
+            "found 0 sections .xen_pages, expected one",
         ),
         (
             |c| c.without = vec![".xen_p2m"],
-            "there are 0 sections .xen_p2m",
+            "found 0 sections .xen_p2m, expected one",
         ),
         (
             |c| c.more = vec![".xen_pages"],
-            "there are 2 sections .xen_pages",
+            "found 2 sections .xen_pages, expected one",
         ),
         (
             |c| c.more = vec![".xen_p2m", ".xen_p2m"],
-            "there are 3 sections .xen_p2m",
+            "found 3 sections .xen_p2m, expected one",
         ),
     ]);
     let mut other = core(HVM, &[(0, 0)]);
