@@ -1,5 +1,6 @@
 """Debian's packages: installed on the host, or unpacked into folders of the lab."""
 
+import fcntl
 import re
 import shutil
 import tempfile
@@ -46,11 +47,18 @@ class Apt:
         }.items():
             self.options += ["-o", f"{key}={value}"]
 
+    def command(self, *words: Word, cwd: Path | None = None) -> str:
+        """One at a time: labs that run beside each other share what was downloaded."""
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            program, *rest = words
+            return run(program, *self.options, *rest, cwd=cwd)
+
     def update(self) -> None:
-        run("apt-get", *self.options, "update")
+        self.command("apt-get", "update")
 
     def show(self, package: str, field: str) -> str:
-        text = run("apt-cache", *self.options, "show", "--no-all-versions", package)
+        text = self.command("apt-cache", "show", "--no-all-versions", package)
         found = re.search(rf"^{field}: (.*)$", text, re.M)
         return found.group(1) if found else ""
 
@@ -59,7 +67,7 @@ class Apt:
 
     def download(self, package: str, into: Path) -> None:
         into.mkdir(parents=True, exist_ok=True)
-        run("apt-get", *self.options, "download", package, cwd=into)
+        self.command("apt-get", "download", package, cwd=into)
 
 
 class Root:
