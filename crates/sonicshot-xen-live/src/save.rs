@@ -250,19 +250,7 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
     let domain = DomainId::find(name)?;
     let out = NewFile::create_new(path, options.overwrite)?;
     checkpoint::check_disks(options)?;
-    let writing = |source| LiveError::Io {
-        action: "writing",
-        path: path.to_owned(),
-        source,
-    };
-    let (compression, choice) = match options.compress {
-        Compress::IfFree if options.disks.is_empty() => {
-            let choice = Choice::make(out.file()).map_err(writing)?;
-            (choice.compression, Some(choice))
-        }
-        Compress::By(how) if options.disks.is_empty() => (Some(how), None),
-        _ => (None, None),
-    };
+    let (compression, choice) = packing(&out, path, options)?;
     let work = Work {
         xen: &xen,
         domain,
@@ -328,6 +316,30 @@ pub fn save(name: &str, path: &Path, options: &SaveOptions) -> Result<Saved, Liv
         suspended: suspended.map(|looked| went_on.duration_since(looked.suspended)),
         looked,
         checkpoint: finished.checkpoint,
+    })
+}
+
+/// The compression of the image in `out`, which is to be at `path`, and what it was chosen by. One that
+/// becomes a checkpoint is not compressed.
+fn packing(
+    out: &NewFile,
+    path: &Path,
+    options: &SaveOptions,
+) -> Result<(Option<ImageCompression>, Option<Choice>), LiveError> {
+    if !options.disks.is_empty() {
+        return Ok((None, None));
+    }
+    Ok(match options.compress {
+        Compress::No => (None, None),
+        Compress::By(how) => (Some(how), None),
+        Compress::IfFree => {
+            let choice = Choice::make(out.file()).map_err(|source| LiveError::Io {
+                action: "writing",
+                path: path.to_owned(),
+                source,
+            })?;
+            (choice.compression, Some(choice))
+        }
     })
 }
 

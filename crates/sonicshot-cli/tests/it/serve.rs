@@ -204,7 +204,7 @@ fn what_cannot_be_served_is_told_before_anything_is_made() {
     fs::write(&set, "sonicshot working set 1\n0x100000000-0x100001000\n").unwrap();
     let none = folder.path().join("none");
     for (args, code, words) in [
-        (vec![text(&raw), "--set", text(&set)], 3, "other memory"),
+        (vec![text(&raw), "--set", text(&set)], 3, "another guest"),
         (vec![text(&raw), "--metrics", "0.0.0.0:9100"], 1, "loopback"),
         (
             vec![text(&raw), "--record", "x", "--prefetch", "all"],

@@ -569,7 +569,7 @@ fn what_is_no_checkpoint_of_an_image_becomes_none() {
     fs::remove_file(&out).unwrap();
     for (damage, said) in [
         (false, "the image has it, the memory has not"),
-        (true, "cut off in record"),
+        (true, "truncated in record"),
     ] {
         if damage {
             let len = fs::metadata(&skeleton).unwrap().len();
@@ -599,7 +599,7 @@ fn a_damaged_image_is_refused_and_nothing_is_written() {
     let run = sonicshot(&["prune", text(&full), "-o", text(&out)]);
     assert_eq!(run.status.code(), Some(3));
     assert!(
-        stderr(&run).contains("cut off in record 7, at offset"),
+        stderr(&run).contains("truncated in record 7, at offset"),
         "{}",
         stderr(&run)
     );
@@ -796,7 +796,7 @@ fn a_damaged_core_is_refused() {
     for (bytes, wanted) in [
         (
             good[..good.len() - 5].to_vec(),
-            "cut off in section .shstrtab, at offset",
+            "truncated in section .shstrtab, at offset",
         ),
         (changed(18, 3), "neither x86-64 nor arm64"),
         (
