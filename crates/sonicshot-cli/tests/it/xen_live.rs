@@ -146,13 +146,12 @@ fn saves_and_restores_of_a_domain_are_told_of() {
     for (args, expected) in [
         (
             &["xen", "save", "5", "plain", "--compress", "none"][..],
-            "saving, finding the kernel, finding the kernel, walking free lists, classifying pages, \
-             saving, opening, syncing to disk",
+            "saving, finding the kernel, walking free lists, classifying pages, saving, opening, \
+             syncing to disk",
         ),
         (
             &["xen", "save", "5", "packed", "--compress", "zstd"],
-            "saving, finding the kernel, finding the kernel, walking free lists, classifying pages, \
-             saving, syncing to disk",
+            "saving, finding the kernel, walking free lists, classifying pages, saving, syncing to disk",
         ),
         (&["xen", "restore", "plain"], "restoring"),
         (&["xen", "restore", "packed"], "restoring +"),
