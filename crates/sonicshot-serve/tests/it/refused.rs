@@ -265,7 +265,10 @@ fn who_comes_too_late_is_ended() {
     first.child.kill().unwrap();
     first.child.wait().unwrap();
     let answer = rest(&late);
-    assert!(answer.contains("as many virtual machines as it was started for"), "{answer}");
+    assert!(
+        answer.contains("as many virtual machines as it was started for"),
+        "{answer}"
+    );
     assert!(machine.is_ended());
     if let Some(silent) = &silent {
         assert_eq!(rest(silent), "");
