@@ -66,8 +66,8 @@ pub fn check_not_written(path: &Path) -> Result<(), DumpError> {
 /// (`drivers/block/xen-blkback/xenbus.c`).
 const XEN_DISKS: &str = "/sys/bus/xen-backend/devices";
 
-/// Whether the block device of this number is a disk that a domain may write to. Where there is no Xen, or
-/// nothing can be told, it is none.
+/// Whether the block device of this number is a disk that a domain may write to. Where there is no Xen it is
+/// none; one that is not said to be read only may be written.
 fn is_written_by_a_domain(disks: &Path, number: u64) -> bool {
     let wanted = format!("{:x}:{:x}", major(number), minor(number));
     let Ok(disks) = fs::read_dir(disks) else {
@@ -75,7 +75,7 @@ fn is_written_by_a_domain(disks: &Path, number: u64) -> bool {
     };
     disks.flatten().any(|disk| {
         let told = |name| fs::read_to_string(disk.path().join(name)).unwrap_or_default();
-        told("physical_device").trim() == wanted && told("mode").starts_with('w')
+        told("physical_device").trim() == wanted && !told("mode").starts_with('r')
     })
 }
 
@@ -366,6 +366,7 @@ mod tests {
                 "vbd-2-51712",
                 &[("physical_device", "fd:13\n"), ("mode", "w\n")][..],
             ),
+            ("vbd-3-51712", &[("physical_device", "fd:14\n")][..]),
         ] {
             let disk = folder.path().join(disk);
             fs::create_dir(&disk).unwrap();
@@ -375,6 +376,7 @@ mod tests {
             assert!(!given(number), "{disk:?}");
         }
         assert!(given(rustix::fs::makedev(0xfd, 0x13)));
+        assert!(given(rustix::fs::makedev(0xfd, 0x14)));
         assert!(!is_written_by_a_domain(&folder.path().join("none"), number));
     }
 
