@@ -40,9 +40,21 @@ impl Memory {
 
     pub fn register(&self) -> (Uffd, Registered) {
         let uffd = Uffd::new().unwrap();
-        // SAFETY: nobody has touched it, and who will can wait.
-        let registered = unsafe { uffd.register(self.start, self.len) }.unwrap();
-        (uffd, registered)
+        let began = Instant::now();
+        loop {
+            // SAFETY: nobody has touched it, and who will can wait.
+            match unsafe { uffd.register(self.start, self.len) } {
+                // A process that another test has just started has the one before until it runs its
+                // program.
+                Err(ServeError::Uffd { source, .. })
+                    if source.kind() == std::io::ErrorKind::ResourceBusy
+                        && began.elapsed() < Duration::from_secs(20) =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                registered => return (uffd, registered.unwrap()),
+            }
+        }
     }
 
     fn at(&self, page: usize) -> NonNull<u8> {
