@@ -9,9 +9,11 @@
 
 mod memory;
 mod mounted;
+mod told;
 
 pub use memory::{check_handed_on, check_memory, check_same};
 pub use mounted::Mounted;
+pub use told::{PhaseTold, Told};
 
 /// The environment variable that lets tests fail that would be skipped.
 pub const REQUIRE_ALL: &str = "SONICSHOT_REQUIRE_ALL";

@@ -2,28 +2,12 @@
 
 use crate::bounds::{avml_chunks, kdump_pieces, kdump_regions, lime_records};
 use crate::common::xen::image;
-use sonicshot::{Progress, WorkPhase};
+use sonicshot::WorkPhase;
 use sonicshot_dump::DumpOptions;
+use sonicshot_testkit::Told;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-
-/// A phase, and what was told of it.
-type PhaseTold = (WorkPhase, Vec<(u64, u64)>);
-
-#[derive(Default)]
-struct Told(Mutex<Vec<PhaseTold>>);
-
-impl Progress for Told {
-    fn tell(&self, done: u64, total: u64) {
-        let mut told = self.0.lock().unwrap();
-        told.last_mut().unwrap().1.push((done, total));
-    }
-
-    fn begin(&self, phase: WorkPhase) {
-        self.0.lock().unwrap().push((phase, Vec::new()));
-    }
-}
+use std::sync::Arc;
 
 fn xen_image(folder: &Path, pages: u64) -> PathBuf {
     let path = folder.join("image");
@@ -68,7 +52,7 @@ fn the_walk_through_a_file_is_told_of_to_its_end() {
             name != "flattened kdump",
             "{name}: {opened:?}"
         );
-        let told = told.0.lock().unwrap();
+        let told = told.phases();
         let [(WorkPhase::Opening, bytes)] = told.as_slice() else {
             panic!("{name}: {told:?}");
         };

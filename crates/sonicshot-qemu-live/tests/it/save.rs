@@ -1,9 +1,10 @@
 use crate::fake::{Answer, Change, DEVICES, Fake, bios, blocks, memory, ram, registers};
 use serde_json::{Value, json};
 use sonicshot::checkpoint::{CheckpointReader, Compression, PageContent, SaveOptions};
-use sonicshot::{Gpa, GuestMemory, PageSize, Progress, WorkOptions, WorkPhase};
+use sonicshot::{Gpa, GuestMemory, PageSize, WorkOptions, WorkPhase};
 use sonicshot_qemu_live::{AfterSave, LiveSaveOptions, LiveSaved, QemuError, save};
-use std::sync::{Arc, Mutex};
+use sonicshot_testkit::Told;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 fn options() -> LiveSaveOptions {
@@ -71,23 +72,6 @@ fn a_guest_is_saved_and_runs_on() {
     assert_eq!(places[1] + 1, places[2]);
 }
 
-/// A phase, and what was told of it.
-type PhaseTold = (WorkPhase, Vec<(u64, u64)>);
-
-#[derive(Default)]
-struct Told(Mutex<Vec<PhaseTold>>);
-
-impl Progress for Told {
-    fn tell(&self, done: u64, total: u64) {
-        let mut told = self.0.lock().unwrap();
-        told.last_mut().unwrap().1.push((done, total));
-    }
-
-    fn begin(&self, phase: WorkPhase) {
-        self.0.lock().unwrap().push((phase, Vec::new()));
-    }
-}
-
 #[test]
 fn the_look_the_copy_and_the_writing_are_told_of() {
     use WorkPhase::{Classifying, Copying, FindingKernel, Saving, Syncing, WalkingLists};
@@ -110,10 +94,10 @@ fn the_look_the_copy_and_the_writing_are_told_of() {
         let mut options = options();
         options.writing.progress = Some(told.clone());
         let saved = run(&fake, options).unwrap();
-        let told = told.0.lock().unwrap();
+        let told = told.phases();
         let phases: Vec<_> = told.iter().map(|(phase, _)| *phase).collect();
         assert_eq!(phases, expected);
-        for (phase, bytes) in told.iter() {
+        for (phase, bytes) in &told {
             assert!(
                 bytes.is_sorted_by_key(|(done, _)| *done),
                 "{phase:?}: {bytes:?}"
@@ -124,7 +108,6 @@ fn the_look_the_copy_and_the_writing_are_told_of() {
                 assert_eq!(*total, saved.ram_bytes - saved.dropped_bytes);
             }
         }
-        drop(told);
         fake.heard();
     }
 }

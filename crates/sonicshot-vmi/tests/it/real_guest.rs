@@ -3,8 +3,9 @@
 
 use sonicshot::{
     DropClasses, Fill, Gpa, GpaRange, GuestBytes, GuestMemory, MappedRegions, MemoryError,
-    PageClass, PageMap, Pfn, PfnRange, Progress, RamLayout, WorkOptions, WorkPhase,
+    PageClass, PageMap, Pfn, PfnRange, RamLayout, WorkOptions, WorkPhase,
 };
+use sonicshot_testkit::Told;
 use sonicshot_vmi::{
     AnalysisOptions, BlockDisagreement, Classification, GivenUp, GuestOptions, GuestOs, Knowledge,
     LinuxGuest, OnInconsistency, VirtualMemory, VmiError, analyze, count_zero_pages,
@@ -15,7 +16,7 @@ use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::slice::from_ref;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 const PAGE: usize = 4096;
 /// Of the guest's `struct page` (Linux 6.1, x86-64), from its own BTF.
@@ -102,7 +103,7 @@ fn each_phase_of_an_analysis_is_told_of_to_its_end() {
             .threads(NonZeroUsize::new(threads).unwrap());
         let options = AnalysisOptions::new().guest(guest).progress(told.clone());
         let analysis = analyze(&memory, &options).unwrap();
-        let told = told.0.lock().unwrap();
+        let told = told.phases();
         let phases: Vec<_> = told.iter().map(|(phase, _)| *phase).collect();
         assert_eq!(phases, expected, "{knowledge:?}");
         for (phase, bytes) in told.iter() {
@@ -119,23 +120,6 @@ fn each_phase_of_an_analysis_is_told_of_to_its_end() {
                 assert_eq!(total, counted);
             }
         }
-    }
-}
-
-/// A phase, and what was told of it.
-type PhaseTold = (WorkPhase, Vec<(u64, u64)>);
-
-#[derive(Default)]
-struct Told(Mutex<Vec<PhaseTold>>);
-
-impl Progress for Told {
-    fn tell(&self, done: u64, total: u64) {
-        let mut told = self.0.lock().unwrap();
-        told.last_mut().unwrap().1.push((done, total));
-    }
-
-    fn begin(&self, phase: WorkPhase) {
-        self.0.lock().unwrap().push((phase, Vec::new()));
     }
 }
 
