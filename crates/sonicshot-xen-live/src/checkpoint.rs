@@ -80,9 +80,9 @@ fn writing(options: &SaveOptions) -> Result<CheckpointOptions, LiveError> {
     let mut writing = CheckpointOptions::new(pages)
         .overwrite(options.overwrite)
         .disk_hash(options.disk_hash)
-        .vmm("xen");
-    // Of one that goes on nobody has them open, which is looked at once more.
-    writing.disks_are_open = options.after != AfterSave::GoOn;
+        .vmm("xen")
+        // Of one that goes on nobody has them open, which is looked at once more.
+        .disks_are_open(options.after != AfterSave::GoOn);
     for (name, path) in &options.disks {
         writing = writing.disk(name, path)?;
     }

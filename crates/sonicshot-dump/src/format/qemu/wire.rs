@@ -2,7 +2,7 @@
 //! (`migration/savevm.c`).
 
 use crate::DumpError;
-use sonicshot::{Bytes, CutShort, FileBytes, FileOffset, Number};
+use sonicshot::{Bytes, CutShort, FileBytes, FileOffset, Number, to_u64};
 use std::path::Path;
 
 pub(crate) const SECTION_START: u8 = 1;
@@ -15,17 +15,74 @@ pub(crate) const SUBSECTION: u8 = 5;
 /// Names and small tables are shorter than this.
 const MAX_NAME: u32 = 4096;
 
+/// The fewest bytes that are read at once: what stands before the memory is short.
+const FIRST_WINDOW: u64 = 512;
+/// The most: a few pages with their records, or some thousand records of pages that are zero.
+const MAX_WINDOW: u64 = 64 << 10;
+
+/// A range of the file that was read at once. Records are as short as nine bytes, and there is one for each
+/// page.
+#[derive(Default)]
+struct Window {
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// The offset of `at` in it, if all `len` bytes from there are in it.
+    fn offset(&self, at: u64, len: u64) -> Option<u64> {
+        let offset = at.checked_sub(self.at)?;
+        (offset.checked_add(len)? <= to_u64(self.bytes.len())).then_some(offset)
+    }
+
+    /// Reads what begins at `at`: more each time, while that is near to what was read before.
+    fn read(&mut self, from: FileBytes<'_>, at: u64) -> Option<()> {
+        let before = to_u64(self.bytes.len());
+        let near = before.checked_add(MAX_WINDOW)?;
+        let is_near = at.checked_sub(self.at).is_some_and(|far| far <= near);
+        let len = match before {
+            1.. if is_near => before.checked_mul(2)?.min(MAX_WINDOW),
+            _ => FIRST_WINDOW,
+        };
+        let len = len.min(from.byte_len().checked_sub(at)?);
+        self.at = at;
+        self.bytes.resize(usize::try_from(len).ok()?, 0);
+        let read = from
+            .part(at, len)
+            .is_some_and(|part| part.copy_to(&mut self.bytes));
+        if !read {
+            self.bytes.clear();
+        }
+        read.then_some(())
+    }
+}
+
 /// The cursor of all formats over a migration file: its errors name the file.
-#[derive(Clone)]
 pub(crate) struct Cursor<'a> {
     path: &'a Path,
     fields: sonicshot::Cursor<FileBytes<'a>>,
+    window: Window,
+}
+
+/// A clone reads for itself: it looks at a few fields ahead.
+impl Clone for Cursor<'_> {
+    fn clone(&self) -> Self {
+        Self {
+            path: self.path,
+            fields: self.fields,
+            window: Window::default(),
+        }
+    }
 }
 
 impl<'a> Cursor<'a> {
     pub(crate) fn new(path: &'a Path, data: FileBytes<'a>, at: FileOffset) -> Self {
         let fields = sonicshot::Cursor::at(data, at.raw());
-        Self { path, fields }
+        Self {
+            path,
+            fields,
+            window: Window::default(),
+        }
     }
 
     /// The offset of the next field.
@@ -47,13 +104,34 @@ impl<'a> Cursor<'a> {
     }
 
     pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], DumpError> {
-        let read = self.fields.array();
+        let ahead = self.ahead(to_u64(N));
+        let found = ahead.and_then(|offset| self.window.bytes.as_slice().array_at(offset));
+        let read = match found {
+            Some(bytes) => self.fields.skip(to_u64(N)).map(|()| bytes),
+            None => self.fields.array(),
+        };
         self.told(read)
+    }
+
+    /// The offset in the window of the next `len` bytes; `None` if they are not there, or cannot be read
+    /// with what follows them.
+    fn ahead(&mut self, len: u64) -> Option<u64> {
+        let at = self.fields.position();
+        if let Some(offset) = self.window.offset(at, len) {
+            return Some(offset);
+        }
+        self.window.read(self.fields.bytes(), at)?;
+        self.window.offset(at, len)
     }
 
     /// The next number: they are big-endian.
     pub(crate) fn be<T: Number>(&mut self) -> Result<T, DumpError> {
-        let read = self.fields.be();
+        let ahead = self.ahead(to_u64(T::LEN));
+        let found = ahead.and_then(|offset| self.window.bytes.as_slice().be_at(offset));
+        let read = match found {
+            Some(number) => self.fields.skip(to_u64(T::LEN)).map(|()| number),
+            None => self.fields.be(),
+        };
         self.told(read)
     }
 
@@ -100,7 +178,66 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    pub(crate) fn peek(&self) -> Option<u8> {
-        self.fields.peek()
+    pub(crate) fn peek(&mut self) -> Option<u8> {
+        match self.ahead(1) {
+            Some(offset) => self.window.bytes.as_slice().le_at(offset),
+            None => self.fields.peek(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cursor, MAX_WINDOW};
+    use proptest::prelude::*;
+    use sonicshot::{Bytes, FileBytes, FileContent, FileOffset};
+    use std::io::Write;
+    use std::path::Path;
+
+    proptest! {
+        /// Whatever is read ahead, each field is what stands there.
+        #[test]
+        fn fields_are_those_of_the_file(
+            len in 0..3 * MAX_WINDOW,
+            steps in proptest::collection::vec((0_u8..5, 0..MAX_WINDOW), 1..200),
+        ) {
+            let bytes: Vec<u8> = (0..len).map(|at| (at * 31 / 7 % 251) as u8).collect();
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            let content = FileContent::new(file).unwrap();
+            let slice = bytes.as_slice();
+            for data in [content.bytes(), FileBytes::from_slice(slice)] {
+                let mut cursor = Cursor::new(Path::new("file"), data, FileOffset::ZERO);
+                for (kind, far) in &steps {
+                    let at = cursor.at().raw();
+                    let moved = match kind {
+                        0 => {
+                            prop_assert_eq!(cursor.be::<u64>().ok(), slice.be_at(at));
+                            8
+                        }
+                        1 => {
+                            prop_assert_eq!(cursor.be::<u8>().ok(), slice.be_at(at));
+                            1
+                        }
+                        2 => {
+                            prop_assert_eq!(cursor.peek(), slice.le_at(at));
+                            prop_assert_eq!(cursor.clone().bytes::<3>().ok(), slice.array_at(at));
+                            0
+                        }
+                        3 => {
+                            let _ = cursor.skip(*far);
+                            *far
+                        }
+                        _ => {
+                            cursor.seek(FileOffset::new(*far));
+                            prop_assert_eq!(cursor.at().raw(), *far);
+                            continue;
+                        }
+                    };
+                    let is_there = at.checked_add(moved).unwrap() <= len;
+                    prop_assert_eq!(cursor.at().raw(), if is_there { at + moved } else { at });
+                }
+            }
+        }
     }
 }
