@@ -26,12 +26,10 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
     let opening = phases.run("opening");
     known.progress = Some(phases.shown());
     let snapshot = Snapshot::open(&args.file, &known)?;
-    drop(opening);
-    let phase = phases.run("sharing");
     let mut options = ShareOptions::new()
         .overwrite(overwrite(args.force))
         .min_run(args.min_run)
-        .progress(phase.shown());
+        .progress(phases.shown());
     options.threads = args.threads;
     let stats = match &args.output {
         Some(out) if !args.force && out.exists() => {
@@ -40,7 +38,7 @@ pub(crate) fn run(args: &ShareArgs) -> Result<(), CliError> {
         Some(out) => snapshot.share_to(out, &args.disk, &options),
         None => snapshot.share_in_place(&args.disk, &options),
     }?;
-    drop(phase);
+    drop(opening);
     tell(args, &stats, started.elapsed().as_secs_f64());
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! on such as do not.
 
 use crate::common::*;
+use crate::face::phases_told;
 use serde_json::Value;
 use sonicshot_testkit::Mounted;
 use std::fs::{self, File};
@@ -95,6 +96,43 @@ fn memory_shares_the_blocks_of_its_disk_and_no_byte_changes() {
                 fs::remove_file(path).unwrap();
             }
             disk(&folder, 16);
+        }
+    }
+}
+
+/// In place and by copy, each phase is told of, and the search and the sharing with their bytes.
+#[test]
+fn what_share_does_is_told_of_to_its_end() {
+    let Some(mounted) = Mounted::new(SHARING[0]) else {
+        return;
+    };
+    let folder = mounted.path();
+    let image = disk(&folder, 16);
+    let dump = raw_dump(&folder, |_| {});
+    let out = folder.join("out");
+    let args = [
+        "share",
+        text(&dump),
+        "--disk",
+        text(&image),
+        "--progress",
+        "json",
+    ];
+    for rest in [&["-o", text(&out)][..], &[]] {
+        let run = sonicshot(&[&args[..], &["-q"], rest].concat());
+        assert!(run.status.success(), "{rest:?}: {}", stderr(&run));
+        let told = phases_told(&stderr(&run));
+        let names: Vec<_> = told.iter().map(|(phase, _)| phase.as_str()).collect();
+        let searched = ["opening", "searching disks", "searching disks"];
+        let written = ["sharing", "syncing to disk", "syncing to disk"];
+        let synced = if rest.is_empty() { 2 } else { 3 };
+        assert_eq!(
+            names,
+            [&searched[..], &written[..synced]].concat(),
+            "{rest:?}"
+        );
+        for (phase, bytes) in &told {
+            assert!(*bytes > 8 << 20 || phase == "opening", "{rest:?}: {told:?}");
         }
     }
 }
@@ -204,6 +242,7 @@ fn blocks_that_begin_the_same_and_differ_are_left() {
 #[test]
 fn killed_at_any_moment_the_file_is_whole() {
     const KILLS: u32 = 12;
+    let mut now = Vec::new();
     for mkfs in SHARING {
         let Some(mounted) = Mounted::new(mkfs) else {
             continue;
@@ -236,12 +275,14 @@ fn killed_at_any_moment_the_file_is_whole() {
             std::thread::sleep(takes * kill / KILLS + Duration::from_millis(1));
             let _ = child.kill();
             child.wait().unwrap();
-            assert!(fs::read(&dump).unwrap() == ram(), "{mkfs:?}, kill {kill}");
+            read_again(&dump, &mut now);
+            assert!(now == ram(), "{mkfs:?}, kill {kill}");
             let report = json(&args);
             let before = bytes_of(&report, "shared_bytes_before");
             in_part += u32::from(before > 0 && before < all);
             assert_eq!(report["shared_bytes"], all, "{mkfs:?}, kill {kill}");
-            assert!(fs::read(&dump).unwrap() == ram(), "{mkfs:?}, kill {kill}");
+            read_again(&dump, &mut now);
+            assert!(now == ram(), "{mkfs:?}, kill {kill}");
         }
         assert!(in_part > 0, "{mkfs:?}: no kill was in the midst of it");
     }
