@@ -46,6 +46,14 @@ pub fn kpageflags() -> Vec<u64> {
     words.iter().map(|word| u64::from_le_bytes(*word)).collect()
 }
 
+/// Puts a file's bytes into a buffer, which may grow: new memory each time would cost more than what is
+/// tested.
+pub fn read_again(path: &Path, bytes: &mut Vec<u8>) {
+    let mut file = File::open(path).unwrap();
+    bytes.resize(file.metadata().unwrap().len().try_into().unwrap(), 0);
+    file.read_exact(bytes).unwrap();
+}
+
 /// Writes the guest's RAM, changed by `edit`, as a raw dump.
 pub fn raw_dump(folder: &Path, edit: impl FnOnce(&mut [u8])) -> PathBuf {
     let path = folder.join("guest.raw");

@@ -3,9 +3,9 @@
 use crate::common::*;
 use sonicshot::{Gpa, GuestMemory};
 use sonicshot_dump::{Dump, LayoutSpec};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -48,12 +48,22 @@ fn droppable(dump: &Path) -> Vec<bool> {
     frames
 }
 
-/// The guest's memory, as the file says now.
-fn memory(dump: &Path) -> Vec<u8> {
+/// Puts the guest's memory, as the file says now, into a buffer of its size.
+fn memory(dump: &Path, bytes: &mut [u8]) {
     let dump = Dump::open(dump, Some(&LayoutSpec::Flat)).unwrap();
-    let mut bytes = vec![0; ram().len()];
-    dump.read(Gpa::ZERO, &mut bytes).unwrap();
-    bytes
+    dump.read(Gpa::ZERO, bytes).unwrap();
+}
+
+/// Makes a file what it was where it is another now.
+fn put_back(path: &Path, now: &[u8], fresh: &[u8]) {
+    const BLOCK: usize = 64 << 10;
+    assert_eq!(now.len(), fresh.len());
+    let file = File::options().write(true).open(path).unwrap();
+    for (block, (now, fresh)) in now.chunks(BLOCK).zip(fresh.chunks(BLOCK)).enumerate() {
+        if now != fresh {
+            file.write_all_at(fresh, (block * BLOCK) as u64).unwrap();
+        }
+    }
 }
 
 /// Numbers from 0 to 1, the same in each run.
@@ -79,7 +89,8 @@ fn killed_at_random(dump: &Path) {
     let takes = started.elapsed();
     let (done, all) = (fs::read(dump).unwrap(), before - blocks(dump));
     assert!(all > 0);
-    fs::write(dump, &fresh).unwrap();
+    put_back(dump, &done, &fresh);
+    let (mut pages, mut now) = (vec![0; ram().len()], Vec::new());
     let mut random = Random(0x5eed_cafe);
     let (mut early, mut between, mut late) = (0, 0, 0);
     for kill in 0..KILLS {
@@ -100,7 +111,7 @@ fn killed_at_random(dump: &Path) {
         let _ = child.kill();
         child.wait().unwrap();
 
-        let pages = memory(dump);
+        memory(dump, &mut pages);
         let pages = pages.chunks(PAGE).zip(ram().chunks(PAGE)).zip(&goes);
         for (frame, ((after, before), goes)) in pages.enumerate() {
             assert!(
@@ -108,7 +119,7 @@ fn killed_at_random(dump: &Path) {
                 "kill {kill}, frame {frame:#x}"
             );
         }
-        let now = fs::read(dump).unwrap();
+        read_again(dump, &mut now);
         if now == fresh {
             early += 1;
             continue;
@@ -118,12 +129,13 @@ fn killed_at_random(dump: &Path) {
         } else {
             between += 1;
             assert!(start(dump).wait().unwrap().success(), "kill {kill}");
+            read_again(dump, &mut now);
             assert!(
-                fs::read(dump).unwrap() == done,
+                now == done,
                 "kill {kill}: the result is another than without"
             );
         }
-        fs::write(dump, &fresh).unwrap();
+        put_back(dump, &now, &fresh);
     }
     println!(
         "a prune takes {takes:?}: {early} kills before any change, {between} between, {late} after"

@@ -1,6 +1,7 @@
 //! The command of a user who may have few threads, short files, or no more memory.
 
-use crate::common::raw_dump;
+use crate::common::{ram, raw_dump};
+use sonicshot_testkit::Mounted;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -65,6 +66,50 @@ fn a_file_that_may_not_grow_is_an_error_that_names_it() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains(".1"), "{}", stderr(&output));
     assert_eq!(fs::read_dir(&pages).unwrap().count(), 0);
+}
+
+/// Nothing can be written: that is told with its place, and what is there is left as it is.
+#[test]
+fn a_file_system_that_is_read_only_is_told() {
+    let Some(mounted) = Mounted::new(&["mkfs.xfs", "-q"]) else {
+        return;
+    };
+    let folder = mounted.path();
+    let at = |name: &str| folder.join(name);
+    let raw = raw_dump(&folder, |_| {});
+    let (raw, all, out) = (text(&raw), at("all.sonic"), at("out"));
+    let (all, out) = (text(&all), text(&out));
+    sonicshot(&["save", raw, "-o", all, "--keep-all"]);
+    let remounted = Command::new("mount")
+        .args(["-o", "remount,ro", text(&folder)])
+        .status()
+        .unwrap();
+    assert!(remounted.success());
+    let blob = format!("a={raw}");
+    let svg = at("out.svg");
+    let svg = text(&svg);
+    let creating = format!("creating a file in {}", text(&folder));
+    let opening = format!("opening for writing {raw}");
+    let cases: &[(&[&str], &str)] = &[
+        (&["prune", raw, "-o", out], &creating),
+        (&["prune", raw, "--in-place"], &opening),
+        (&["save", raw, "-o", out], &creating),
+        (&["restore", all, "-o", out], &creating),
+        (&["convert", raw, "--to", "elf", "-o", out], &creating),
+        (&["attach", all, "-o", out, "--blob", &blob], &creating),
+        (&["inspect", raw, "--pfns", out], &creating),
+        (&["inspect", raw, "--map", svg], &creating),
+        (&["share", raw, "--disk", all], &opening),
+        (&["share", raw, "--disk", all, "-o", out], &creating),
+    ];
+    for (args, place) in cases {
+        let output = Command::new(SONICSHOT).args(*args).output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains(place), "{args:?}: {said}");
+        assert!(said.contains("Read-only file system"), "{args:?}: {said}");
+    }
+    assert!(fs::read(raw).unwrap() == ram());
 }
 
 #[test]
