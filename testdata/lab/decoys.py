@@ -193,7 +193,8 @@ def do_nested(args: Namespace) -> None:
             for number in range(args.stops):
                 if number:
                     guest.go_on()
-                    time.sleep(1)
+                    guest.machine.send("record")
+                    guest.machine.wait("RECORDED", 900)
                 guest.stop()
                 failed += look_at_nested(guest, tool, f"{name}, stop {number}")
             guest.given = processor(guest.qmp.human("info registers -a"))

@@ -334,6 +334,29 @@ static void record_tasks(int disk)
 	unlink("/shm/tasks");
 }
 
+/* The kernel's own word of its memory, as it is now. */
+static void record_all(int disk)
+{
+	record_at = 0;
+	record(disk, "iomem", "/proc/iomem");
+	record(disk, "vmcoreinfo", "/sys/kernel/vmcoreinfo");
+	record(disk, "cmdline", "/proc/cmdline");
+	record(disk, "version", "/proc/version");
+	record(disk, "meminfo", "/proc/meminfo");
+	record(disk, "kpagecount", "/proc/kpagecount");
+	record(disk, "zoneinfo", "/proc/zoneinfo");
+	record(disk, "buddyinfo", "/proc/buddyinfo");
+	record_tasks(disk);
+	record(disk, "kpageflags", "/proc/kpageflags");
+	static uint8_t *end;
+	if (!end && posix_memalign((void **)&end, PAGE, PAGE))
+		die("record buffer");
+	memset(end, 0, PAGE);
+	strcpy((char *)end, "end 0\n");
+	if (pwrite(disk, end, PAGE, record_at) != (ssize_t)PAGE)
+		die("record disk");
+}
+
 /* Where the kernel's log was when the guest was ready: what it said at boot is its own affair. */
 static int kmsg = -1;
 
@@ -900,23 +923,7 @@ int main(void)
 	int disk = open("/dev/vdb", O_RDWR | O_DIRECT);
 	if (disk < 0)
 		die("/dev/vdb");
-	record(disk, "iomem", "/proc/iomem");
-	record(disk, "vmcoreinfo", "/sys/kernel/vmcoreinfo");
-	record(disk, "cmdline", "/proc/cmdline");
-	record(disk, "version", "/proc/version");
-	record(disk, "meminfo", "/proc/meminfo");
-	record(disk, "kpagecount", "/proc/kpagecount");
-	record(disk, "zoneinfo", "/proc/zoneinfo");
-	record(disk, "buddyinfo", "/proc/buddyinfo");
-	record_tasks(disk);
-	record(disk, "kpageflags", "/proc/kpageflags");
-	uint8_t *end;
-	if (posix_memalign((void **)&end, PAGE, PAGE))
-		die("record buffer");
-	memset(end, 0, PAGE);
-	strcpy((char *)end, "end 0\n");
-	if (pwrite(disk, end, PAGE, record_at) != (ssize_t)PAGE)
-		die("record disk");
+	record_all(disk);
 	skip_boot_messages();
 	pid_t stressing[16] = { 0 };
 	unsigned long stressors = option("lab.stress", 0);
@@ -948,6 +955,9 @@ int main(void)
 				else if (strstr(line, "look")) {
 					const char *bad = look(&k);
 					say(bad ? "LOOK-FAIL %s" : "LOOK-OK", bad);
+				} else if (strstr(line, "record")) {
+					record_all(disk);
+					say("RECORDED");
 				} else if (strstr(line, "reboot")) {
 					reboot(RB_AUTOBOOT);
 				} else if (strstr(line, "sleep")) {
