@@ -374,7 +374,12 @@ impl Dump {
     /// # Errors
     /// [`DumpError::Changed`], [`DumpError::Modified`] or [`DumpError::Io`].
     pub fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.format.stored().check_unchanged()
+        self.format.stored().check_unchanged()?;
+        let spools = [self.format.unpacked(), self.spool.as_ref()];
+        spools
+            .into_iter()
+            .flatten()
+            .try_for_each(Spool::check_unchanged)
     }
 
     /// The trouble with a file that has changed, or cannot be read, says less than that.

@@ -131,10 +131,10 @@ struct Inner {
     file: File,
     /// The image that the content was compressed in, and what it was then.
     image: Option<(File, Image, FileStamp)>,
-    /// The file that was compressed as a whole, which the content came out of.
-    packed: Option<File>,
-    /// The disk image that the content is the state of a VM of.
-    state_of: Option<File>,
+    /// The file that was compressed as a whole, which the content came out of, and what it was then.
+    packed: Option<(File, FileStamp)>,
+    /// The disk image that the content is the state of a VM of, and what it was then.
+    state_of: Option<(File, FileStamp)>,
 }
 
 impl Spool {
@@ -239,7 +239,7 @@ impl Spool {
         check_stamp(file, path, before)?;
         let mut unpacked = unpacked?;
         if let Some(inner) = Arc::get_mut(&mut unpacked.0) {
-            inner.packed = Some(packed()?);
+            inner.packed = Some((packed()?, before));
         }
         Ok(Some(unpacked))
     }
@@ -268,21 +268,43 @@ impl Spool {
         check_stamp(file, path, before)?;
         let mut spool = spool?;
         if let Some(inner) = Arc::get_mut(&mut spool.0) {
-            inner.state_of = Some(image);
+            inner.state_of = Some((image, before));
         }
         Ok(spool)
     }
 
     /// The file that was compressed as a whole, which the content came out of.
     pub(crate) fn packed(&self) -> Option<&File> {
-        self.0.packed.as_ref()
+        self.0.packed.as_ref().map(|(file, _)| file)
+    }
+
+    /// Refuses files that are no longer what the content was taken out of.
+    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+        let image = self.0.image.as_ref();
+        let image = image.map(|(file, _, before)| (file, *before));
+        let others = [&self.0.packed, &self.0.state_of];
+        let others = others
+            .into_iter()
+            .flatten()
+            .map(|(file, before)| (file, *before));
+        for (file, before) in image.into_iter().chain(others) {
+            check_stamp(file, self.name(), before)?;
+        }
+        Ok(())
     }
 
     /// The same, made of what is in `outer`: if that was compressed as a whole, so was this.
     pub(crate) fn within(mut self, outer: Option<&Self>) -> Result<Self, DumpError> {
-        let packed = outer.and_then(Self::packed).map(File::try_clone);
-        let packed = packed.transpose();
-        let packed = packed.map_err(DumpError::io("reading", self.name()))?;
+        let packed = match outer.and_then(|outer| outer.0.packed.as_ref()) {
+            Some((file, before)) => {
+                let file = file.try_clone();
+                Some((
+                    file.map_err(DumpError::io("reading", self.name()))?,
+                    *before,
+                ))
+            }
+            None => None,
+        };
         if let Some(inner) = Arc::get_mut(&mut self.0) {
             inner.packed = packed;
         }
@@ -291,7 +313,7 @@ impl Spool {
 
     /// The disk image that the content is the state of a VM of.
     pub(crate) fn state_of(&self) -> Option<&File> {
-        self.0.state_of.as_ref()
+        self.0.state_of.as_ref().map(|(file, _)| file)
     }
 
     fn new(

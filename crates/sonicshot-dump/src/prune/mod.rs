@@ -22,8 +22,9 @@ impl CheckedPlan<'_> {
     /// Begins a prune: counts what the plan comes to, and checks that the dump is what was opened.
     /// `files` are those of which the size on disk is told.
     pub(crate) fn begin(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
+        let stats = self.begin_with(files)?;
         self.dump().check_unchanged()?;
-        self.begin_with(files)
+        Ok(stats)
     }
 
     /// The same of a file that may have been written to by who vouches for it.

@@ -4,7 +4,7 @@ use crate::common::qemu::{Block, File, PAGE, first_bytes, name, stream};
 use crate::common::{Prunes, every_page, plan, replacing};
 use proptest::prelude::*;
 use sonicshot::GuestMemory;
-use sonicshot_dump::{Dump, DumpError, LayoutSpec, Overwrite, Spool, WriteOptions};
+use sonicshot_dump::{Dump, DumpError, DumpOptions, LayoutSpec, Overwrite, Spool, WriteOptions};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -215,6 +215,38 @@ fn images_that_lie_or_are_damaged_are_refused() {
     let mut unfinished = good.clone();
     unfinished[..16].copy_from_slice(b"LibvirtQemudPart");
     assert!(matches!(refused(&unfinished), DumpError::NotRead { .. }));
+}
+
+/// Its content was taken in at once: that the file is another by now is told all the same.
+#[test]
+fn a_compressed_file_that_changed_since_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, out) = (folder.path().join("file"), folder.path().join("out"));
+    let whole = |format| packed(format, &stream());
+    let images = (1..=5).map(|format| image(format, &stream()));
+    for bytes in images.chain([whole(1), whole(5), packed(5, &image(5, &stream()))]) {
+        fs::write(&path, &bytes).unwrap();
+        let known = DumpOptions::new();
+        let dump = match known.unpack(&path).unwrap() {
+            Some(spool) => known.open_spooled(&spool).unwrap(),
+            None => known.open(&path).unwrap(),
+        };
+        dump.check_unchanged().unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(bytes.len() as u64 - 1).unwrap();
+        let changed = dump.check_unchanged();
+        assert!(
+            matches!(changed, Err(DumpError::Changed { .. })),
+            "{changed:?}"
+        );
+        let plan = plan(dump.layout(), &[(0, 2)]);
+        let pruned = dump.prune_to(&plan, &out, Overwrite::Refuse);
+        assert!(
+            matches!(pruned, Err(DumpError::Changed { .. })),
+            "{pruned:?}"
+        );
+        assert!(!out.exists());
+    }
 }
 
 #[test]
