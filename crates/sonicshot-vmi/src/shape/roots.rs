@@ -25,9 +25,11 @@ const PHASES: usize = 8;
 const FIRST: usize = ASKED / PHASES;
 /// So many records must lead to others that lead back.
 const ENOUGH: u64 = 4;
-/// More ranges than this in the kernel half of the address space are no kernel's; nor does one that
-/// is a kernel's array of struct pages go on for so many steps.
-const MAX_RANGES: usize = 1 << 10;
+/// More ranges than this in the kernel half of the address space are no kernel's. That for stacks of 16 bits
+/// has the same tables again and again (`arch/x86/kernel/espfix_64.c`): a kernel was seen with more than 1,024.
+const MAX_RANGES: usize = 1 << 13;
+/// One that is a kernel's array of struct pages does not go on for so many steps.
+const MAX_STEPS: u64 = 1 << 10;
 /// A range begins at a multiple of this.
 const STEP: u64 = 1 << 30;
 
@@ -124,7 +126,7 @@ fn begins_below(
     let mut begins: BTreeMap<u64, u64> = BTreeMap::new();
     for (number, (from, count)) in (0_u64..).zip(&votes) {
         deadline.check("ranges of mappings", number, to_u64(votes.len()))?;
-        let steps = (0..to_u64(MAX_RANGES)).map_while(|step| {
+        let steps = (0..MAX_STEPS).map_while(|step| {
             let at = from.checked_sub(step.checked_mul(STEP)?)?;
             is_upper(at).then_some(at)
         });
@@ -183,7 +185,7 @@ fn nodes(
 
 #[cfg(test)]
 mod tests {
-    use super::{MAX_RANGES, STEP, begins_below, stand};
+    use super::{MAX_RANGES, MAX_STEPS, STEP, begins_below, stand};
     use crate::KernelVa;
     use crate::VmiError;
     use crate::arch::Arch;
@@ -196,7 +198,7 @@ mod tests {
     #[test]
     fn what_records_are_in_begins_no_farther_below_than_a_bound() {
         const FIRST: u64 = 0xffff_ea00_0000_0000;
-        let most = MAX_RANGES as u64;
+        let most = MAX_STEPS;
         // From `FIRST` on all is mapped.
         let is_mapped = |at: u64| at >= FIRST;
         for (gib, is_found) in [(0, true), (1, true), (most - 1, true), (most, false)] {
