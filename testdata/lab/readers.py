@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from command import command
-from errors import CheckFailed
+from errors import CheckFailed, LabError
 from host import LAB, ROOT, Json, Word, attempt, run
 from proof import DRGN
 from tool import find_tool, report_of, tool_argument
@@ -164,7 +164,7 @@ def do_readers(args: Namespace) -> None:
     if not makedumpfile:
         print("skip: no makedumpfile here (apt-get install makedumpfile)")
     if not here and not makedumpfile:
-        return
+        raise LabError("no reader is here: nothing was read")
     tool = find_tool(args.sonicshot)
     with tempfile.TemporaryDirectory(dir=args.ram and args.ram.parent) as name:
         work = Path(name)
