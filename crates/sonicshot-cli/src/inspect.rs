@@ -87,7 +87,7 @@ fn one(args: &InspectArgs, input: &Input) -> Result<(u64, u64), CliError> {
     let zero_pages = count_zero_pages(analyzed.dump(), analyzed.pages(), &work)?;
     drop(phase);
     let savings = analyzed.savings(ClassSet::DEFAULT_DROP)?;
-    analyzed.dump().check_unchanged()?;
+    analyzed.dump().check_files_unchanged()?;
     if let Some(path) = pfns {
         write_to(path, args.force, &analyzed.dump().files(), &|out| {
             write_runs(analyzed.pages(), out)

@@ -371,15 +371,27 @@ impl Dump {
     /// Refuses files that were changed since they were opened, and such as could not be read: what
     /// is known of them, and what was written of them, is of no use.
     ///
+    /// What was decompressed lies in a file of its own, and whatever becomes of the compressed one, it is what
+    /// it was: see [`check_files_unchanged`](Self::check_files_unchanged).
+    ///
     /// # Errors
     /// [`DumpError::Changed`], [`DumpError::Modified`] or [`DumpError::Io`].
     pub fn check_unchanged(&self) -> Result<(), DumpError> {
-        self.format.stored().check_unchanged()?;
+        self.format.stored().check_unchanged()
+    }
+
+    /// The same, also of a compressed file that the content came out of: for whoever tells what it takes of the
+    /// disk.
+    ///
+    /// # Errors
+    /// As [`check_unchanged`](Self::check_unchanged).
+    pub fn check_files_unchanged(&self) -> Result<(), DumpError> {
+        self.check_unchanged()?;
         let spools = [self.format.unpacked(), self.spool.as_ref()];
         spools
             .into_iter()
             .flatten()
-            .try_for_each(Spool::check_unchanged)
+            .try_for_each(Spool::check_packed)
     }
 
     /// The trouble with a file that has changed, or cannot be read, says less than that.

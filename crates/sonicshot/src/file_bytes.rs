@@ -230,6 +230,18 @@ impl<'a> FileBytes<'a> {
         }
     }
 
+    /// The same of bytes that perhaps nobody needs: if they cannot be read, that is not noted as the file's
+    /// [failure](FileContent::failure).
+    #[must_use]
+    pub fn copy_ahead(&self, out: &mut [u8]) -> bool {
+        match self.from {
+            Origin::File(content, start) if out.len() == self.len => {
+                content.file.read_exact_at(out, start.raw()).is_ok()
+            }
+            _ => self.copy_to(out),
+        }
+    }
+
     /// Whether every byte can be read and is zero.
     #[must_use]
     pub fn is_zero(&self) -> bool {

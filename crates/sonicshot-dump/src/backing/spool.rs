@@ -133,8 +133,8 @@ struct Inner {
     image: Option<(File, Image, FileStamp)>,
     /// The file that was compressed as a whole, which the content came out of, and what it was then.
     packed: Option<(File, FileStamp)>,
-    /// The disk image that the content is the state of a VM of, and what it was then.
-    state_of: Option<(File, FileStamp)>,
+    /// The disk image that the content is the state of a VM of.
+    state_of: Option<File>,
 }
 
 impl Spool {
@@ -268,7 +268,7 @@ impl Spool {
         check_stamp(file, path, before)?;
         let mut spool = spool?;
         if let Some(inner) = Arc::get_mut(&mut spool.0) {
-            inner.state_of = Some((image, before));
+            inner.state_of = Some(image);
         }
         Ok(spool)
     }
@@ -278,16 +278,13 @@ impl Spool {
         self.0.packed.as_ref().map(|(file, _)| file)
     }
 
-    /// Refuses files that are no longer what the content was taken out of.
-    pub(crate) fn check_unchanged(&self) -> Result<(), DumpError> {
+    /// Refuses a compressed file that is no longer what the content was taken out of.
+    pub(crate) fn check_packed(&self) -> Result<(), DumpError> {
         let image = self.0.image.as_ref();
         let image = image.map(|(file, _, before)| (file, *before));
-        let others = [&self.0.packed, &self.0.state_of];
-        let others = others
-            .into_iter()
-            .flatten()
-            .map(|(file, before)| (file, *before));
-        for (file, before) in image.into_iter().chain(others) {
+        let packed = self.0.packed.as_ref();
+        let packed = packed.map(|(file, before)| (file, *before));
+        for (file, before) in image.into_iter().chain(packed) {
             check_stamp(file, self.name(), before)?;
         }
         Ok(())
@@ -313,7 +310,7 @@ impl Spool {
 
     /// The disk image that the content is the state of a VM of.
     pub(crate) fn state_of(&self) -> Option<&File> {
-        self.0.state_of.as_ref().map(|(file, _)| file)
+        self.0.state_of.as_ref()
     }
 
     fn new(

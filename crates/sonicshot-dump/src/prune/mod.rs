@@ -23,7 +23,7 @@ impl CheckedPlan<'_> {
     /// `files` are those of which the size on disk is told.
     pub(crate) fn begin(&self, files: &[&File]) -> Result<PruneStats, DumpError> {
         let stats = self.begin_with(files)?;
-        self.dump().check_unchanged()?;
+        self.dump().check_files_unchanged()?;
         Ok(stats)
     }
 

@@ -231,10 +231,11 @@ fn a_compressed_file_that_changed_since_is_told() {
             Some(spool) => known.open_spooled(&spool).unwrap(),
             None => known.open(&path).unwrap(),
         };
-        dump.check_unchanged().unwrap();
+        dump.check_files_unchanged().unwrap();
+        let before = first_bytes(&dump);
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.set_len(bytes.len() as u64 - 1).unwrap();
-        let changed = dump.check_unchanged();
+        let changed = dump.check_files_unchanged();
         assert!(
             matches!(changed, Err(DumpError::Changed { .. })),
             "{changed:?}"
@@ -246,6 +247,9 @@ fn a_compressed_file_that_changed_since_is_told() {
             "{pruned:?}"
         );
         assert!(!out.exists());
+        // Its memory is what it was.
+        dump.check_unchanged().unwrap();
+        assert_eq!(first_bytes(&dump), before);
     }
 }
 

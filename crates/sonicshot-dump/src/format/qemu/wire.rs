@@ -26,6 +26,9 @@ const MAX_WINDOW: u64 = 64 << 10;
 struct Window {
     at: u64,
     bytes: Vec<u8>,
+    /// The end of what could not be read at once: up to there fields are read by themselves, for some of
+    /// them may be well.
+    unread: u64,
 }
 
 impl Window {
@@ -37,6 +40,9 @@ impl Window {
 
     /// Reads what begins at `at`: more each time, while that is near to what was read before.
     fn read(&mut self, from: FileBytes<'_>, at: u64) -> Option<()> {
+        if at < self.unread {
+            return None;
+        }
         let before = to_u64(self.bytes.len());
         let near = before.checked_add(MAX_WINDOW)?;
         let is_near = at.checked_sub(self.at).is_some_and(|far| far <= near);
@@ -49,9 +55,10 @@ impl Window {
         self.bytes.resize(usize::try_from(len).ok()?, 0);
         let read = from
             .part(at, len)
-            .is_some_and(|part| part.copy_to(&mut self.bytes));
+            .is_some_and(|part| part.copy_ahead(&mut self.bytes));
         if !read {
             self.bytes.clear();
+            self.unread = at.checked_add(len)?;
         }
         read.then_some(())
     }
@@ -188,11 +195,28 @@ impl<'a> Cursor<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Cursor, MAX_WINDOW};
+    use super::{Cursor, FIRST_WINDOW, MAX_WINDOW};
     use proptest::prelude::*;
     use sonicshot::{Bytes, FileBytes, FileContent, FileOffset};
     use std::io::Write;
     use std::path::Path;
+
+    /// What cannot be read, and is only near to what is asked for, is nobody's trouble.
+    #[test]
+    fn what_is_read_ahead_fails_nothing() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 1536]).unwrap();
+        let content = FileContent::new(file.try_clone().unwrap()).unwrap();
+        file.set_len(FIRST_WINDOW + 100).unwrap();
+        let mut cursor = Cursor::new(Path::new("file"), content.bytes(), FileOffset::ZERO);
+        for _ in 0..(FIRST_WINDOW + 96) / 8 {
+            assert_eq!(cursor.be::<u64>().unwrap(), u64::from_be_bytes([7; 8]));
+        }
+        assert!(content.failure().is_none());
+        cursor.be::<u64>().unwrap_err();
+        assert!(content.failure().is_some());
+        assert_eq!(cursor.at().raw(), FIRST_WINDOW + 96);
+    }
 
     proptest! {
         /// Whatever is read ahead, each field is what stands there.
