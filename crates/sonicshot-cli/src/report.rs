@@ -22,6 +22,12 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// The same of a line with colours of our own, and nothing of a guest or a file.
+macro_rules! say_styled {
+    ($($arg:tt)*) => { $crate::report::print_styled_line(format_args!($($arg)*)) };
+}
+pub(crate) use say_styled;
+
 /// Prints a line to standard error, as `eprintln!` does, but without a panic if it fails: the exit
 /// code tells what came of the work.
 macro_rules! complain {
@@ -41,7 +47,11 @@ pub(crate) use note;
 
 pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
     // Without its colours where there is no terminal, or none are wanted (`NO_COLOR`).
-    let _ = writeln!(anstream::stderr().lock(), "{}", coloured(&line.to_string()));
+    let _ = writeln!(
+        anstream::stderr().lock(),
+        "{}",
+        coloured(&visible(&line.to_string()))
+    );
 }
 
 /// Words that begin a line, and how clap colours such words.
@@ -71,7 +81,34 @@ pub(crate) fn say_to_stderr() {
     OUTPUT_IS_DUMP.store(true, Ordering::Relaxed);
 }
 
+/// The text with its control characters as escapes: what a guest or a file says must not move a terminal's
+/// cursor, nor set its title. Ends of lines stay.
+fn visible(text: &str) -> String {
+    escaped(text, |c| c == '\n')
+}
+
+/// The same of a text that is to stay on its line.
+pub(crate) fn one_line(text: &str) -> String {
+    escaped(text, |_| false)
+}
+
+fn escaped(text: &str, stays: impl Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && !stays(c) {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
 pub(crate) fn print_line(line: fmt::Arguments<'_>) {
+    print_styled_line(format_args!("{}", visible(&line.to_string())));
+}
+
+pub(crate) fn print_styled_line(line: fmt::Arguments<'_>) {
     if OUTPUT_IS_DUMP.load(Ordering::Relaxed) {
         complain!("{line}");
         return;
@@ -164,7 +201,7 @@ pub(crate) fn count(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{by_name, coloured, count, mib, percent, size};
+    use super::{by_name, coloured, count, mib, one_line, percent, size, visible};
 
     #[test]
     fn a_line_is_coloured_by_what_it_is() {
@@ -176,6 +213,15 @@ mod tests {
         for plain in ["", "{\"error\":1}", "an error: of a guest"] {
             assert_eq!(coloured(plain), plain);
         }
+    }
+
+    #[test]
+    fn what_a_guest_says_moves_no_terminal() {
+        let said = "5.10\x1b]0;title\x07\u{9b}31m\r\nnote: forged";
+        let seen = "5.10\\u{1b}]0;title\\u{7}\\u{9b}31m\\r";
+        assert_eq!(visible(said), format!("{seen}\nnote: forged"));
+        assert_eq!(one_line(said), format!("{seen}\\nnote: forged"));
+        assert_eq!(one_line("größer als 5"), "größer als 5");
     }
 
     #[test]

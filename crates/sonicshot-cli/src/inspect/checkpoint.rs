@@ -7,10 +7,11 @@ use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::inputs::PIPE;
 use crate::json::{self, CheckpointReport, NamedBlob, OfCheckpoint, Version, line, ram};
-use crate::report::{bytes_of, count, lines, mib, percent, say, size};
+use crate::progress::talk;
+use crate::report::{bytes_of, count, lines, mib, one_line, percent, say, size};
 use crate::save::{FREE, disks_json, stats_json};
 use sonicshot::checkpoint::{CheckpointInfo, CheckpointReader, PageContent, SaveStats};
-use sonicshot::{ClassCounts, Tally};
+use sonicshot::{ClassCounts, PageState, Tally};
 use sonicshot_offline::CheckpointFile;
 use std::fs::File;
 use std::io::{self, Write};
@@ -25,7 +26,10 @@ pub(super) fn inspect(
     // Not by a map of every frame: a small file may describe a huge guest.
     let mut counts = ClassCounts::default();
     for run in reader.runs() {
-        counts.add(run.class, run.frames.len());
+        let page = PageState::new(run.class);
+        let is_zero = matches!(run.content, PageContent::Zero);
+        let page = if is_zero { page.with_zero() } else { page };
+        counts.add(page, run.frames.len());
     }
     // The kernel's records are in the checkpoint, as all that it uses.
     let known = args.input.open();
@@ -73,7 +77,7 @@ pub(super) fn inspect(
     let (info, stats) = (reader.info(), reader.stats());
     let page_size = info.page_size.bytes();
     print_file(reader, info);
-    for note in checkpoint.notes() {
+    for note in checkpoint.notes().iter().filter(|_| !talk().quiet) {
         say!("note: {note}");
     }
     say!("");
@@ -180,14 +184,14 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
     say!("file      checkpoint, {}", size(reader.file_len()));
     say!(
         "kernel    {} ({})",
-        info.kernel_release.as_deref().unwrap_or("not said"),
+        one_line(info.kernel_release.as_deref().unwrap_or("not said")),
         architecture(info)
     );
     if let Some(id) = build_id(info) {
         say!("build id  {id}");
     }
     if let Some(vmm) = &info.vmm {
-        say!("vmm       {vmm}");
+        say!("vmm       {}", one_line(vmm));
     }
     say!(
         "storage   {}, chunks of {}",
@@ -199,7 +203,7 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
         say!("ram       {region}  ({})", size(region.len()));
     }
     for (name, len) in reader.blobs() {
-        say!("blob      {name}, {}", size(len));
+        say!("blob      {}, {}", one_line(name), size(len));
     }
     for disk in &info.disks {
         let marks: Vec<_> = disk.marks.iter().map(|mark| mark.kind.name()).collect();
@@ -210,7 +214,7 @@ fn print_file(reader: &CheckpointReader<File>, info: &CheckpointInfo) {
         };
         say!(
             "disk      {}, {} ({}; {marks})",
-            disk.name,
+            one_line(&disk.name),
             size(disk.bytes),
             disk.hash
         );

@@ -5,7 +5,8 @@ use crate::json::{
     self, Classes, InspectReport, OfInspect, PagesByName, ProcessorJson, ProcessorState,
     ProcessorsJson, Version, ZoneJson, free_fill, path, ram, word,
 };
-use crate::report::{bytes_of, count, lines, mib, percent, say, size};
+use crate::progress::talk;
+use crate::report::{bytes_of, count, lines, mib, one_line, percent, say, size};
 use sonicshot::{
     ClassCounts, ClassSet, Fill, GuestMemory, PageClass, PageSize, Processor, Processors, Tally,
 };
@@ -178,7 +179,7 @@ pub(crate) fn print_report(analyzed: &Analyzed, zero_pages: u64, savings: Saving
     print_classes(analyzed.counts(), page_size, &goes, zero_goes);
     say!("");
     print_savings(analyzed, zero_pages, savings);
-    for note in analyzed.notes() {
+    for note in analyzed.notes().iter().filter(|_| !talk().quiet) {
         say!("note: {note}");
     }
 }
@@ -189,9 +190,9 @@ fn print_guest(analyzed: &Analyzed) {
     let len = dump.file_len();
     let len = len.map_or_else(|error| error.to_string(), |len| size(len).to_string());
     say!("file      {}, {len}", dump.format());
-    say!("kernel    {}", facts.release);
+    say!("kernel    {}", one_line(&facts.release));
     if let Some(banner) = &facts.banner {
-        say!("          {banner}");
+        say!("          {}", one_line(banner.trim_end()));
     }
     say!("symbols   {}", facts.symbol_sources.join(", "));
     if facts.knowledge != Knowledge::Types {

@@ -3,7 +3,7 @@
 //! Both draw the same grid. A cell stands for as many frames as make the grid small enough, and
 //! shows the class that most of them have.
 
-use crate::report::{bytes_of, count, percent, say, size};
+use crate::report::{bytes_of, count, percent, say_styled, size};
 use anstream::{AutoStream, ColorChoice};
 use sonicshot::{ClassCounts, PageClass, PageMap, PfnRange, PrunePlan, Tally, to_u64, to_usize};
 use std::fmt::Write as _;
@@ -156,17 +156,17 @@ pub(super) fn print(drawing: &Drawing<'_>) {
     let grid = Grid::new(pages, NONE_GONE, cells);
     let coloured = AutoStream::choice(&io::stdout()) != ColorChoice::Never;
     let bytes = |frames: u64| bytes_of(frames, pages.page_size().bytes());
-    say!("");
-    say!(
+    say_styled!("");
+    say_styled!(
         "map       a character is {} ({} pages): what most of them are",
         size(bytes(grid.frames_in_cell)),
         count(grid.frames_in_cell)
     );
     print_grid(&grid, pages, coloured);
-    say!("");
+    say_styled!("");
     print_legend(drawing.counts, coloured);
-    say!("");
-    say!("{}, what is left out blank:", drawing.left_by);
+    say_styled!("");
+    say_styled!("{}, what is left out blank:", drawing.left_by);
     print_grid(&Grid::new(pages, drawing.gone, cells), pages, coloured);
     print_blocks(pages, coloured);
 }
@@ -198,7 +198,7 @@ fn print_grid(grid: &Grid, pages: &PageMap, coloured: bool) {
                 drawn.push_str("\x1b[0m");
             }
             let address = at.map_or_else(String::new, |at| format!("{:#x}", at.raw()));
-            say!("{address:>13} {drawn}");
+            say_styled!("{address:>13} {drawn}");
             let shown = to_u64(cells.len()).checked_mul(in_cell);
             at = at.and_then(|at| at.checked_add(shown?));
         }
@@ -212,7 +212,7 @@ fn print_legend(counts: &ClassCounts, coloured: bool) {
         let (letter, number, _) = look(class);
         let entry = format!(" {letter} {}", class.name());
         if line.len() + entry.len() > 79 {
-            say!("{line}");
+            say_styled!("{line}");
             line = String::from("         ");
         }
         let _ = match coloured {
@@ -220,7 +220,7 @@ fn print_legend(counts: &ClassCounts, coloured: bool) {
             false => write!(line, "{entry}"),
         };
     }
-    say!("{line}");
+    say_styled!("{line}");
 }
 
 /// Free memory by the largest aligned blocks that it can be cut into, as a buddy allocator would.
@@ -298,8 +298,8 @@ fn print_blocks(pages: &PageMap, coloured: bool) {
         ),
         false => (String::new(), ""),
     };
-    say!("");
-    say!("free blocks by size, aligned:");
+    say_styled!("");
+    say_styled!("free blocks by size, aligned:");
     for order in &orders {
         let length = bar(order.frames, longest.unwrap_or(total), BAR);
         let line = format!(
@@ -310,7 +310,7 @@ fn print_blocks(pages: &PageMap, coloured: bool) {
             percent(order.frames, total),
             "#".repeat(to_usize(length)),
         );
-        say!("{}", line.trim_end());
+        say_styled!("{}", line.trim_end());
     }
 }
 
