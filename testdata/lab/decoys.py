@@ -212,7 +212,9 @@ def stop_as_recorded(guest: Guest, tool: Path) -> None:
         guest.machine.send("record")
         guest.machine.wait("RECORDED", 900)
         guest.stop()
-        guest.inspect(tool)
+        look = guest.inspect(tool)
+        if not look.report:
+            raise CheckFailed(look.error)
         try:
             found = guest.against_kernel()
             if found.unexplained == 0:
@@ -220,6 +222,7 @@ def stop_as_recorded(guest: Guest, tool: Path) -> None:
             said = str(found)
         except CheckFailed as failed:
             said = str(failed)
+        print(f"     stopped once more, for the records may be old: {said}", flush=True)
         guest.go_on()
     raise CheckFailed(f"at five stops in a row: {said}")
 
