@@ -15,6 +15,7 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 pub const PAGE: u64 = 4096;
@@ -77,7 +78,19 @@ pub trait Prunes {
         plan: &PrunePlan,
         options: &PruneOptions,
     ) -> Result<PruneStats, DumpError> {
-        self.checked(plan).prune_in_place(options)
+        let began = Instant::now();
+        loop {
+            match self.checked(plan).prune_in_place(options) {
+                // A process that another test has just started has what was open when it was made, until it
+                // runs its program.
+                Err(DumpError::InUse { writer: None, .. })
+                    if began.elapsed() < Duration::from_secs(2) =>
+                {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                pruned => return pruned,
+            }
+        }
     }
 }
 
