@@ -46,12 +46,12 @@ macro_rules! note {
 pub(crate) use note;
 
 pub(crate) fn print_error_line(line: fmt::Arguments<'_>) {
+    write_error_line(&visible(&line.to_string()));
+}
+
+fn write_error_line(line: &str) {
     // Without its colours where there is no terminal, or none are wanted (`NO_COLOR`).
-    let _ = writeln!(
-        anstream::stderr().lock(),
-        "{}",
-        coloured(&visible(&line.to_string()))
-    );
+    let _ = writeln!(anstream::stderr().lock(), "{}", coloured(line));
 }
 
 /// Words that begin a line, and how clap colours such words.
@@ -110,7 +110,7 @@ pub(crate) fn print_line(line: fmt::Arguments<'_>) {
 
 pub(crate) fn print_styled_line(line: fmt::Arguments<'_>) {
     if OUTPUT_IS_DUMP.load(Ordering::Relaxed) {
-        complain!("{line}");
+        write_error_line(&line.to_string());
         return;
     }
     if let Err(error) = writeln!(io::stdout().lock(), "{line}") {

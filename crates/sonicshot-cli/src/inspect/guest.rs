@@ -223,7 +223,7 @@ pub(crate) fn print_zones(zones: &[ZoneReport]) {
     for zone in zones {
         say!(
             "{:<10} {:>23} {:>12} {:>10} {:>10}",
-            format!("{}/{}", zone.node, zone.name),
+            format!("{}/{}", zone.node, one_line(&zone.name)),
             zone.span.to_string(),
             count(zone.listed),
             zone.counter,

@@ -5,7 +5,7 @@ use crate::json::{
     FreeBlocksJson, OwnerJson, PageJson, PerCpuJson, Prunes, RecordJson, StructPageJson,
     ZoneFreeJson, ZoneName, word,
 };
-use crate::report::{count, say};
+use crate::report::{count, one_line, say};
 use sonicshot::checkpoint::{PageContent, PageRun};
 use sonicshot::{
     ClassSet, PageClass, PageMap, PageSize, PageState, Pfn, PfnRange, PrunePlan, to_u64,
@@ -158,7 +158,7 @@ impl Explained {
             let name = owner
                 .name
                 .as_deref()
-                .map_or_else(String::new, |name| format!(", {name}"));
+                .map_or_else(String::new, |name| format!(", {}", one_line(name)));
             say!("owner     {}{at}{name}", owner.kind);
         }
         say!("");
@@ -252,7 +252,7 @@ pub(crate) fn print_zone(zone: &ZoneFree) {
     say!(
         "zone {}/{} {}: {pages} pages listed, NR_FREE_PAGES {}",
         zone.node,
-        zone.name,
+        one_line(&zone.name),
         zone.span,
         zone.counter
     );
