@@ -25,8 +25,8 @@ const PHASES: usize = 8;
 const FIRST: usize = ASKED / PHASES;
 /// So many records must lead to others that lead back.
 const ENOUGH: u64 = 4;
-/// More ranges than this in the kernel half of the address space are no kernel's. That for stacks of 16 bits
-/// has the same tables again and again (`arch/x86/kernel/espfix_64.c`): a kernel was seen with more than 1,024.
+/// More ranges than this in the kernel half of the address space, each from a multiple of [`STEP`] on, are no
+/// kernel's: one of Linux 7.2 was seen with more than 1,024.
 const MAX_RANGES: usize = 1 << 13;
 /// One that is a kernel's array of struct pages does not go on for so many steps.
 const MAX_STEPS: u64 = 1 << 10;
