@@ -53,11 +53,16 @@ def build_initramfs(kernel: Kernel, file_system: str = "ext4") -> Path:
     return archive
 
 
-def shared_root() -> Path:
-    with in_turn():
-        return build_root()
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Labs that run beside each other make what they share one after the other."""
+    LAB.mkdir(parents=True, exist_ok=True)
+    with open(LAB / "making.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
+@in_turn()
 def build_root() -> Path:
     """A file system with the guest's program as its init, for kernels that have all they need
     built in."""
@@ -79,7 +84,7 @@ def build_root() -> Path:
 
 def microvm_devices() -> list[str]:
     """What a microvm has beside its memory: disks in the order of their names, and the console."""
-    return ["-drive", f"if=none,id=d2,format=raw,readonly=on,file={shared_root()}",
+    return ["-drive", f"if=none,id=d2,format=raw,readonly=on,file={build_root()}",
             *(word for disk in ("d0", "d1", "d2")
               for word in ("-device", f"virtio-blk-device,drive={disk}")),
             "-device", "virtio-serial-device", "-device", "virtconsole,chardev=c0"]
@@ -90,22 +95,9 @@ def guest_program() -> str:
     return hashlib.sha256(GUEST_SOURCE.read_bytes()).hexdigest()[:16]
 
 
-@contextmanager
-def in_turn() -> Iterator[None]:
-    """Labs that run beside each other make what they share one after the other."""
-    LAB.mkdir(parents=True, exist_ok=True)
-    with open(LAB / "making.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
+@in_turn()
 def build_files(mib: int, file_system: str = "ext4") -> Path:
     """An image with files to fill the page cache with."""
-    with in_turn():
-        return build_files_alone(mib, file_system)
-
-
-def build_files_alone(mib: int, file_system: str) -> Path:
     image = LAB / f"files-{mib}.img"
     if file_system != "ext4":
         image = LAB / f"files-{mib}.{file_system}"
